@@ -1,0 +1,38 @@
+# One virtual environment for everything. torch comes through constraints.txt: a looser install may pull CUDA packages.
+PYTHON ?= python3
+BIN := .venv/bin
+export MPLBACKEND ?= agg
+
+.PHONY: demo test lint format docs bench clean
+
+demo: .venv/plots  ## train two moons, print the numbers, write the pictures
+	$(BIN)/python examples/two_moons.py --out pictures
+
+test: .venv/test lint  ## what CI runs: lint, tests, doctests, examples in short mode
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: .venv/docs  ## warnings are errors; the page is docs/_build/html/index.html
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: .venv/bench  ## tables of quality and speed, beside Pyro, Zuko, nflows, normflows and FrEIA
+	$(BIN)/python -m tests.benchmarks
+
+# Each extra is installed once, and again when the dependencies change.
+.venv/%: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt 'torch>=2.6'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
+	@touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build *.egg-info docs/_build docs/gallery pictures

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A check to run on one's own bijection."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+
+@dataclass
+class Report:
+    """The outcome of :func:`check_bijection`: one line for each property."""
+
+    name: str
+    findings: list[tuple[bool, str, str]] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(ok for ok, _, _ in self.findings)
+
+    def add(self, ok: bool, what: str, found: str) -> None:
+        self.findings.append((bool(ok), what, found))
+
+    def __str__(self) -> str:
+        lines = [f"{'ok  ' if ok else 'FAIL'}  {what:<38} {found}" for ok, what, found in self.findings]
+        return "\n".join([f"check_bijection({self.name}): {'passed' if self.passed else 'FAILED'}", *lines])
+
+
+def check_bijection(f: Transform, x: Tensor, *, tolerance: float | None = None, max_events: int = 16) -> Report:
+    r"""Checks at x that f is a bijection: :math:`f^{-1}(f(x)) = x`, :math:`f(f^{-1}(y)) = y`, the shapes,
+    :math:`\log|\det \partial y / \partial x|` against the Jacobian by autograd, and that gradients are finite.
+
+    Args:
+        f: a bijection of your own, of this package, or any transform of Pyro's or torch's. Condition it first if it
+            takes a context.
+        x: inputs, ``batch_shape + event_shape``; float64 gives the sharpest check.
+        tolerance: the largest error, relative to 1 + the size of the values; by default 1e-8 in float64, else 1e-3.
+        max_events: the Jacobian is checked for so many events of the batch.
+
+    Returns:
+        A report; ``print`` it.
+
+    Raises:
+        ValueError: a property does not hold. The message is the report.
+
+    Example:
+        >>> import torch
+        >>> from pyro_realnvp import real_nvp
+        >>> print(check_bijection(real_nvp(2).double(), torch.randn(5, 2, dtype=torch.float64)))
+        check_bijection(Compose): passed
+        ok    shape of f(x)                          (5, 2)
+        ...
+    """
+    if tolerance is None:
+        tolerance = 1e-8 if x.dtype == torch.float64 else 1e-3
+    report = Report(type(f).__name__)
+    with torch.no_grad():
+        y = f(x)
+        report.add(y.shape == f.forward_shape(x.shape), "shape of f(x)", f"{tuple(y.shape)}")
+        batch_shape = y.shape[: y.dim() - f.codomain.event_dim]
+        ladj = f.log_abs_det_jacobian(x, y)
+        report.add(ladj.shape == batch_shape, "shape of log|det J|", f"{tuple(ladj.shape)}")
+        report.add(bool(y.isfinite().all() and ladj.isfinite().all()), "f(x) and log|det J| are finite", "")
+        back = f.inv(y.clone())  # a clone, so that no memory answers
+        report.add(back.shape == f.inverse_shape(y.shape), "shape of f.inv(y)", f"{tuple(back.shape)}")
+        _compare(report, "f.inv(f(x)) = x", back, x, tolerance)
+        _compare(report, "f(f.inv(y)) = y", f(back.clone()), y, tolerance)
+        _compare(report, "log|det J| of f.inv", f.inv.log_abs_det_jacobian(y.clone(), back.clone()), -ladj, tolerance)
+    with torch.enable_grad():
+        events = x.detach().expand(f.inverse_shape(y.shape)).reshape(-1, *x.shape[x.dim() - f.domain.event_dim :])
+        expected = torch.stack([_autograd_ladj(f, event) for event in events[:max_events]]) if len(events) else ladj
+        if batch_shape == x.shape[: x.dim() - f.domain.event_dim]:  # a batch of contexts has no single event
+            _compare(report, "log|det J| = autograd's", ladj.reshape(-1)[:max_events], expected, tolerance)
+        x = x.detach().clone().requires_grad_()
+        parameters = [p for p in f.parameters() if p.requires_grad] if isinstance(f, nn.Module) else []
+        y = f(x)
+        total = y.sum() + f.log_abs_det_jacobian(x, y).sum()
+        gradients = torch.autograd.grad(total, [x, *parameters], allow_unused=True)
+        unused = sum(g is None for g in gradients[1:])
+        finite = all(bool(g.isfinite().all()) for g in gradients if g is not None)
+        report.add(finite and gradients[0] is not None, "gradients are finite", f"{unused} parameters unused")
+    if not report.passed:
+        raise ValueError(str(report))
+    return report
+
+
+def _compare(report: Report, what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    if got.shape != torch.broadcast_shapes(got.shape, want.shape):
+        report.add(False, what, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        return
+    error = (
+        ((got - want).abs() / (1 + want.abs())).nan_to_num(torch.inf, torch.inf).amax().item() if got.numel() else 0.0
+    )
+    report.add(error <= tolerance, what, f"relative error {error:.1e} (tolerance {tolerance:.0e})")
+
+
+def _autograd_ladj(f: Transform, event: Tensor) -> Tensor:
+    jacobian = torch.autograd.functional.jacobian(f, event)
+    return torch.linalg.slogdet(jacobian.reshape(event.numel(), event.numel())).logabsdet

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bijections one after the other, ours and everybody's."""
+
+from collections.abc import Iterable
+
+import pyro.distributions.transforms as T
+import torch
+from pyro.distributions.conditional import ConditionalTransform
+from torch import nn
+from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
+
+from .bijection import Bijection
+from .coupling import Coupling
+from .reshape import Permute
+from .shapes import sum_events
+
+
+@ConditionalTransform.register
+class Compose(Bijection):
+    r""":math:`y = (f_n \circ \dots \circ f_1)(x),\quad
+    \log|\det \partial y / \partial x| = \sum_i \log|\det \partial f_i|`: the parts are applied from first to last.
+
+    The parts may be bijections of this package and transforms of Pyro's and torch's, mixed: all are registered as
+    modules, each is evaluated once, and none answers from a stale cache. A context goes to the parts that take one.
+
+    Args:
+        parts: the transforms, in the order in which they are applied to x.
+
+    Raises:
+        TypeError: a part that is not a transform.
+        ValueError: a part that is not bijective, parts whose event shapes or contexts do not fit, or a stack of two or
+            more couplings that leaves an entry unchanged.
+
+    Example:
+        >>> import pyro.distributions.transforms as T
+        >>> from pyro_realnvp import real_nvp
+        >>> f = Compose([real_nvp(2), T.Spline(2)])
+        >>> x = torch.randn(5, 2)
+        >>> torch.allclose(f.inv(f(x)), x, atol=1e-4)
+        True
+    """
+
+    def __init__(self, parts: Iterable[Transform]):
+        parts = [_adopt(part) for part in parts]
+        widths = {part.context_dim for part in parts} - {0}
+        if len(widths) > 1:
+            raise ValueError(f"expected parts with one width of context; got widths {sorted(widths)}")
+        chain = ComposeTransform(parts)
+        super().__init__(_event_shape(parts, chain.domain.event_dim), context_dim=max(widths, default=0))
+        self.parts = nn.ModuleList(parts)
+        self.domain, self.codomain = chain.domain, chain.codomain
+        self._extra_dims = []  # for each part, how many axes of the event are batch axes to it
+        event_dim = self.domain.event_dim
+        for part in parts:
+            self._extra_dims.append(event_dim - part.domain.event_dim)
+            event_dim += part.codomain.event_dim - part.domain.event_dim
+        self._refuse_unchanged_entries()
+
+    def forward_and_ladj(self, x, context=None):
+        total = 0.0
+        for part, extra_dims in zip(self.parts, self._extra_dims):
+            x, ladj = part.forward_and_ladj(x, context if part.context_dim else None)
+            total = sum_events(ladj, extra_dims) + total
+        return x, total if self.parts else x.new_zeros(x.shape[: x.dim() - self.codomain.event_dim])
+
+    def inverse_and_ladj(self, y, context=None):
+        total = 0.0
+        for part, extra_dims in zip(reversed(self.parts), reversed(self._extra_dims)):
+            y, ladj = part.inverse_and_ladj(y, context if part.context_dim else None)
+            total = sum_events(ladj, extra_dims) + total
+        return y, total if self.parts else y.new_zeros(y.shape[: y.dim() - self.domain.event_dim])
+
+    def forward_shape(self, shape):
+        for part in self.parts:
+            shape = part.forward_shape(shape)
+        return torch.Size(shape)
+
+    def inverse_shape(self, shape):
+        for part in reversed(self.parts):
+            shape = part.inverse_shape(shape)
+        return torch.Size(shape)
+
+    def changed_entries(self, changed, *, forward=True):
+        for part in self.parts if forward else reversed(self.parts):
+            changed = part.changed_entries(changed, forward=forward)
+        return changed
+
+    def _refuse_unchanged_entries(self) -> None:
+        couplings = [m for _, m in self.named_modules(remove_duplicate=False) if isinstance(m, Coupling)]
+        if len(couplings) < 2 or None in self.event_shape:  # one coupling is a part of something
+            return
+        changed = self.changed_entries(torch.zeros(self.event_shape, dtype=torch.bool))
+        if not changed.all():
+            entries = (~changed).nonzero().squeeze(-1).tolist()
+            raise ValueError(
+                f"the stack of {len(couplings)} couplings never changes entries {entries} of its output: "
+                "alternate the masks (mask, ~mask, ...) or put a Permute between the couplings"
+            )
+
+
+class _Foreign(Bijection):
+    """A transform of Pyro's or torch's own, as a part of a :class:`Compose`."""
+
+    def __init__(self, transform: Transform):
+        super().__init__((None,) * transform.domain.event_dim)
+        self.transform = transform
+        self.domain, self.codomain = transform.domain, transform.codomain
+
+    def forward_and_ladj(self, x, context=None):
+        _drop_cache(self.transform)  # it may be stale
+        y = self.transform(x)
+        ladj = self.transform.log_abs_det_jacobian(x, y)
+        _drop_cache(self.transform)  # it would keep the graph alive, and forbid copies
+        return y, ladj
+
+    def inverse_and_ladj(self, y, context=None):
+        _drop_cache(self.transform)
+        x = self.transform.inv(y)
+        ladj = -self.transform.log_abs_det_jacobian(x, y)
+        _drop_cache(self.transform)
+        return x, ladj
+
+    def changed_entries(self, changed, *, forward=True):
+        return torch.ones_like(changed) if self.domain.event_dim else changed
+
+    def forward_shape(self, shape):
+        return torch.Size(self.transform.forward_shape(shape))
+
+    def inverse_shape(self, shape):
+        return torch.Size(self.transform.inverse_shape(shape))
+
+
+def _drop_cache(transform: Transform) -> None:
+    for name in [name for name in vars(transform) if name.startswith("_cached")]:
+        setattr(transform, name, (None, None) if name == "_cached_x_y" else None)
+
+
+def _adopt(part: Transform) -> Bijection:
+    """`part` as a bijection. What torch keeps out of `parameters()` and `state_dict` is taken apart."""
+    if isinstance(part, Bijection):
+        return part
+    if not isinstance(part, Transform):
+        remedy = ": give it a context first, part.condition(context)" if isinstance(part, ConditionalTransform) else ""
+        raise TypeError(f"expected transforms; got {type(part).__name__}{remedy}")
+    if not part.bijective:
+        raise ValueError(f"expected bijective transforms; got {type(part).__name__}, which has no inverse")
+    if isinstance(part, _InverseTransform):
+        return _adopt(part.inv).inv
+    if isinstance(part, ComposeTransform):
+        return Compose(part.parts)
+    if isinstance(part, T.Permute) and part.dim == -1:
+        return Permute(part.permutation)
+    return _Foreign(part)
+
+
+def _event_shape(parts: list[Bijection], event_dim: int) -> tuple[int | None, ...]:
+    """The shape of the events that go into the first part, as far as the parts know it; they must agree."""
+    event_shape = None
+    for k, part in enumerate(parts):
+        shape = part.event_shape
+        if event_shape is None and shape and None not in shape:
+            for earlier in reversed(parts[:k]):
+                shape = earlier.inverse_shape(shape)
+            event_shape = tuple(shape) if len(shape) == event_dim else None
+    if event_shape is None:
+        return (None,) * event_dim
+    shape = event_shape
+    for k, part in enumerate(parts):
+        try:
+            shape = part.forward_shape(shape)
+        except ValueError as error:
+            raise ValueError(f"part {k} does not fit the parts before it: {error}") from None
+    return event_shape

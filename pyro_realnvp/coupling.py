@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coupling layers: one part of an event is changed by a network of the other part."""
+
+import torch
+from pyro.distributions.conditional import ConditionalTransform
+from torch import Tensor, nn
+
+from .bijection import Bijection
+from .masks import Mask
+from .shapes import broadcast_batch
+
+
+@ConditionalTransform.register
+class Coupling(Bijection):
+    """What the couplings share: the mask, the conditioner and the check of what it returns."""
+
+    outputs_per_entry: int
+
+    def __init__(self, mask: Mask, conditioner: nn.Module, *, context_dim: int = 0):
+        if not isinstance(mask, Mask):
+            raise TypeError(f"expected a Mask, e.g. masks.half(4) or Mask(b); got {type(mask).__name__}")
+        if not isinstance(conditioner, nn.Module):
+            raise TypeError(
+                f"expected the conditioner to be an nn.Module, so that its parameters are found; "
+                f"got {type(conditioner).__name__}"
+            )
+        super().__init__(mask.b.shape, context_dim=context_dim)
+        self.mask = mask
+        self.conditioner = conditioner
+
+    def _condition_on(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
+        expected = self.mask.num_changed * self.outputs_per_entry
+        if out.shape[-1] != expected:
+            raise ValueError(
+                f"{type(self).__name__} expected {expected} values from its conditioner, {self.outputs_per_entry} for "
+                f"each of the {self.mask.num_changed} changed entries; got {out.shape[-1]}"
+            )
+        return out
+
+    def changed_entries(self, changed, *, forward=True):
+        return changed | ~self.mask.b
+
+
+class AffineCoupling(Coupling):
+    r""":math:`y_b = x_b,\quad y_{1-b} = x_{1-b} \odot \exp(s(x_b)) + t(x_b), \quad
+    \log|\det \partial y / \partial x| = \sum s(x_b)`  (RealNVP; Dinh et al. 2017, eqs. 4-6).
+
+    The log-scale is bounded smoothly, :math:`s = s_{\max} \tanh(\cdot / s_{\max})`.
+
+    Args:
+        mask: which entries are kept (b = 1) and which are changed.
+        conditioner: maps the kept entries, ``(..., num_kept)``, and the context if there is one to
+            ``(..., 2 * num_changed)``: all raw log-scales, then all shifts.
+        context_dim: width of the context that the conditioner expects, 0 for none.
+        max_log_scale: :math:`s_{\max}`.
+
+    Shapes:
+        ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
+
+    Raises:
+        ValueError: an event of another size than the mask, a conditioner with another number of outputs, a context
+            that is missing, unexpected or of the wrong width, ``max_log_scale <= 0``.
+
+    Example:
+        >>> from pyro_realnvp import MLP, masks
+        >>> mask = masks.half(4)
+        >>> f = AffineCoupling(mask, MLP(mask.num_kept, 2 * mask.num_changed))
+        >>> x = torch.randn(10, 4)
+        >>> y, ladj = f.forward_and_ladj(x)
+        >>> y.shape, ladj.shape
+        (torch.Size([10, 4]), torch.Size([10]))
+    """
+
+    outputs_per_entry = 2
+
+    def __init__(self, mask: Mask, conditioner: nn.Module, *, context_dim: int = 0, max_log_scale: float = 3.0):
+        super().__init__(mask, conditioner, context_dim=context_dim)
+        if not max_log_scale > 0:
+            raise ValueError(f"expected max_log_scale > 0; got {max_log_scale}")
+        self.max_log_scale = max_log_scale
+
+    def _log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        raw, shift = self._condition_on(kept, context).chunk(2, -1)
+        return self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift
+
+    def forward_and_ladj(self, x, context=None):
+        kept, changed = self.mask.split(broadcast_batch(x, context))
+        log_scale, shift = self._log_scale_and_shift(kept, context)
+        return self.mask.join(kept, changed * log_scale.exp() + shift), log_scale.sum(-1)
+
+    def inverse_and_ladj(self, y, context=None):
+        kept, changed = self.mask.split(broadcast_batch(y, context))
+        log_scale, shift = self._log_scale_and_shift(kept, context)
+        return self.mask.join(kept, (changed - shift) * (-log_scale).exp()), -log_scale.sum(-1)
+
+
+class VolumePreservingCoupling(AffineCoupling):
+    r"""An :class:`AffineCoupling` whose log-scales sum to zero, so that :math:`\log|\det \partial y / \partial x| = 0`
+    (GIN; Sorrenson et al. 2020, section 3.2). With one changed entry its log-scale is 0, and only the shift is left.
+
+    Arguments, shapes and errors are those of :class:`AffineCoupling`.
+
+    Example:
+        >>> from pyro_realnvp import MLP, masks
+        >>> f = VolumePreservingCoupling(masks.half(4), MLP(2, 4))
+        >>> f.forward_and_ladj(torch.randn(3, 4))[1]
+        tensor([0., 0., 0.])
+    """
+
+    def _log_scale_and_shift(self, kept, context):
+        log_scale, shift = super()._log_scale_and_shift(kept, context)
+        return log_scale - log_scale.mean(-1, keepdim=True), shift
+
+    def forward_and_ladj(self, x, context=None):
+        y, _ = super().forward_and_ladj(x, context)
+        return y, y.new_zeros(y.shape[:-1])
+
+    def inverse_and_ladj(self, y, context=None):
+        x, _ = super().inverse_and_ladj(y, context)
+        return x, x.new_zeros(x.shape[:-1])
+
+
+class AdditiveCoupling(Coupling):
+    r""":math:`y_b = x_b,\quad y_{1-b} = x_{1-b} + t(x_b), \quad \log|\det \partial y / \partial x| = 0`
+    (NICE; Dinh et al. 2014, eq. 8).
+
+    Args:
+        mask: which entries are kept (b = 1) and which are changed.
+        conditioner: maps ``(..., num_kept)``, and the context if there is one, to ``(..., num_changed)``.
+        context_dim: width of the context that the conditioner expects, 0 for none.
+
+    Shapes and errors are those of :class:`AffineCoupling`.
+
+    Example:
+        >>> from pyro_realnvp import MLP, masks
+        >>> f = AdditiveCoupling(masks.half(4), MLP(2, 2))
+        >>> f(torch.zeros(3, 4)).shape
+        torch.Size([3, 4])
+    """
+
+    outputs_per_entry = 1
+
+    def forward_and_ladj(self, x, context=None):
+        kept, changed = self.mask.split(broadcast_batch(x, context))
+        return self.mask.join(kept, changed + self._condition_on(kept, context)), x.new_zeros(kept.shape[:-1])
+
+    def inverse_and_ladj(self, y, context=None):
+        kept, changed = self.mask.split(broadcast_batch(y, context))
+        return self.mask.join(kept, changed - self._condition_on(kept, context)), y.new_zeros(kept.shape[:-1])

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distributions made of a base and a bijection."""
+
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import transform_to
+
+from .bijection import Bijection
+from .shapes import check_context
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    r""":math:`\log p(y) = \log p_0(f^{-1}(y)) + \log|\det \partial f^{-1} / \partial y|`, in one pass
+    (Dinh et al. 2017, eq. 2). Made by calling a :class:`Flow`.
+
+    In all else (``sample``, ``rsample``, ``expand``, ``support``) a
+    :class:`~pyro.distributions.TransformedDistribution`.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value) in nats, shaped like the batch."""
+        if self._validate_args and not torch.compiler.is_compiling():  # which cannot branch on values
+            self._validate_sample(value)
+        (transform,) = self.transforms
+        x, ladj = transform.evaluate(value, forward=False, remember=False)
+        return self.base_dist.log_prob(x) + ladj
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """A reparametrised sample y and log p(y), in one pass.
+
+        >>> from pyro_realnvp import Flow, real_nvp
+        >>> y, log_prob = Flow(real_nvp(2))().rsample_and_log_prob((5,))
+        >>> y.shape, log_prob.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+        """
+        (transform,) = self.transforms
+        x = self.base_dist.rsample(torch.Size(sample_shape))
+        y, ladj = transform.evaluate(x, forward=True, remember=False)
+        return y, self.base_dist.log_prob(x) - ladj
+
+
+class Base(nn.Module):
+    """A base distribution as a module: its parameters are moved, saved and, if wanted, learned with the flow.
+
+    All axes are one event.
+
+    Args:
+        distribution: a class of :mod:`pyro.distributions`.
+        learnable: whether the parameters are trained; each in the unconstrained coordinates of its constraint.
+        parameters: the tensors that the class takes.
+
+    Example:
+        >>> heavy_tailed = Base(dist.StudentT, df=torch.tensor(4.0), loc=torch.zeros(2), scale=torch.ones(2))
+        >>> heavy_tailed().event_shape
+        torch.Size([2])
+        >>> learned = Base(dist.Normal, loc=torch.zeros(2), scale=torch.ones(2), learnable=True)
+        >>> sorted(dict(learned.named_parameters()))
+        ['loc', 'scale']
+    """
+
+    def __init__(
+        self, distribution: Callable[..., dist.Distribution], *, learnable: bool = False, **parameters: Tensor
+    ):
+        super().__init__()
+        self.distribution, self.names, self.learnable = distribution, tuple(parameters), learnable
+        distribution(**parameters, validate_args=True)
+        for name, value in parameters.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"expected {name} to be a tensor; got {type(value).__name__}: pass torch.tensor({value})"
+                )
+            if learnable:
+                self.register_parameter(name, nn.Parameter(self._constrain(name).inv(value).clone()))
+            else:
+                self.register_buffer(name, value.clone())
+
+    def _constrain(self, name: str) -> torch.distributions.Transform:
+        return transform_to(self.distribution.arg_constraints[name])
+
+    def forward(self) -> dist.Distribution:
+        parameters = {name: getattr(self, name) for name in self.names}
+        if self.learnable:
+            parameters = {name: self._constrain(name)(value) for name, value in parameters.items()}
+        base = self.distribution(**parameters, validate_args=False)
+        return base.to_event(len(base.batch_shape))
+
+
+class Flow(nn.Module):
+    r""":math:`y = f(x),\ x \sim p_0`: a base and a bijection joined in a module, which moves, saves and loads as one.
+
+    Calling it gives a Pyro distribution, which goes into ``pyro.sample`` and plates, and whose ``log_prob`` takes one
+    pass. The flow is registered with a Pyro model by ``pyro.module("flow", flow)`` or as an attribute of a
+    ``PyroModule``.
+
+    Args:
+        bijection: from base to data.
+        event_shape: the shape of one event; needed only where the bijection does not know it.
+        base: a module (or function) without arguments that returns the base distribution, such as a :class:`Base`;
+            by default a standard normal.
+
+    Shapes:
+        ``flow()`` has batch shape ``()``; ``flow(context)`` that of ``context``, ``batch_shape + (context_dim,)``.
+
+    Raises:
+        ValueError: an event shape that does not fit the bijection or the base; a context that is missing, unexpected
+            or of the wrong width.
+
+    Example:
+        >>> from pyro_realnvp import real_nvp
+        >>> flow = Flow(real_nvp(2))
+        >>> flow().sample((5,)).shape, flow().log_prob(torch.zeros(5, 2)).shape
+        (torch.Size([5, 2]), torch.Size([5]))
+        >>> conditional = Flow(real_nvp(2, context_dim=3))
+        >>> conditional(torch.zeros(7, 3)).batch_shape
+        torch.Size([7])
+    """
+
+    def __init__(
+        self,
+        bijection: Bijection,
+        event_shape: Sequence[int] | None = None,
+        *,
+        base: Callable[[], dist.Distribution] | None = None,
+    ):
+        super().__init__()
+        if not isinstance(bijection, Bijection):
+            raise TypeError(
+                f"expected a Bijection; got {type(bijection).__name__}: wrap other transforms in Compose([...])"
+            )
+        if event_shape is None:
+            event_shape = bijection.inv.event_shape
+        if None in event_shape:
+            raise ValueError("the bijection does not know its event shape: pass event_shape=")
+        self.bijection = bijection
+        self.event_shape = torch.Size(event_shape)
+        base_shape = bijection.inverse_shape(self.event_shape)
+        base_shape = base_shape[len(base_shape) - bijection.domain.event_dim :]
+        self.base = (
+            base if base is not None else Base(dist.Normal, loc=torch.zeros(base_shape), scale=torch.ones(base_shape))
+        )
+        if self.base().event_shape != base_shape:
+            raise ValueError(
+                f"expected a base with event shape {tuple(base_shape)}; got {tuple(self.base().event_shape)}: "
+                "declare its axes as events with .to_event()"
+            )
+
+    def forward(self, context: Tensor | None = None, *, temperature: float = 1.0) -> FlowDistribution:
+        """The distribution, at this context.
+
+        Args:
+            context: ``batch_shape + (context_dim,)``, for a conditional flow.
+            temperature: scales the base about its mean: samples below 1 are closer to the modes. Samples and
+                ``log_prob`` both are those of the scaled base.
+        """
+        check_context(self.bijection, context)
+        base = self.base()
+        if temperature != 1.0:
+            if not temperature > 0:
+                raise ValueError(f"expected temperature > 0; got {temperature}")
+            scale = dist.transforms.AffineTransform((1 - temperature) * base.mean, temperature, len(base.event_shape))
+            base = dist.TransformedDistribution(base, [scale], validate_args=False)
+        bijection = self.bijection if context is None else self.bijection.condition(context)
+        return FlowDistribution(base, [bijection])

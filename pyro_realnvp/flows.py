@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ready-made flows, from base to data."""
+
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+
+from torch import nn
+from torch.distributions import Transform
+
+from . import masks
+from .compose import Compose
+from .conditioners import MLP
+from .coupling import AffineCoupling, Coupling
+from .masks import Mask
+
+
+def real_nvp(
+    input_dim: int,
+    *,
+    num_couplings: int = 16,
+    hidden_dims: Sequence[int] | None = None,
+    context_dim: int = 0,
+    activation: Callable[[], nn.Module] = nn.Tanh,
+    residual: bool = False,
+    max_log_scale: float = 3.0,
+    coupling: type[Coupling] = AffineCoupling,
+    mask_cycle: Sequence[Mask] | None = None,
+    between: Callable[[int], Transform] | None = None,
+) -> Compose:
+    r"""A RealNVP flow, base to data: :math:`y = (f_n \circ \dots \circ f_1)(x)`, each :math:`f_i` an affine coupling
+    (Dinh et al. 2017, eqs. 4-8). Identity at birth.
+
+    Goes into :class:`~pyro.distributions.TransformedDistribution`, :class:`Flow` and, as it stands, into
+    ``AutoNormalizingFlow(model, real_nvp)``.
+
+    Args:
+        input_dim: D, at least 2.
+        num_couplings: how many couplings, at least 2.
+        hidden_dims: widths of the hidden layers of each coupling's :class:`MLP`; by default two of 32 or, if that is
+            more, 2 D. (Many narrow couplings fit better than few wide ones.)
+        context_dim: width of the context for a conditional flow, 0 for none.
+        activation: makes the activation of each MLP.
+        residual: whether the hidden layers add their input.
+        max_log_scale: bound of each coupling's log-scale.
+        coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling` (NICE) or :class:`VolumePreservingCoupling` (GIN).
+        mask_cycle: the masks, in turn; by default halves and even/odd entries, each with its opposite.
+        between: makes a transform of D entries that stands between the couplings, e.g. ``InvertibleLinear`` or
+            ``lambda dim: ActNorm(dim).inv``.
+
+    Raises:
+        ValueError: ``input_dim < 2``, fewer than two couplings, or masks that leave an entry unchanged.
+
+    Example:
+        >>> import torch
+        >>> flow = real_nvp(3, num_couplings=4)
+        >>> x = torch.randn(5, 3)
+        >>> torch.equal(flow(x), x)  # identity at birth
+        True
+    """
+    if input_dim < 2:
+        raise ValueError(
+            f"expected input_dim >= 2, since a coupling changes one entry given another; got {input_dim}: "
+            "in one dimension use pyro.distributions.transforms.Spline(1), or model it jointly with another variable"
+        )
+    if num_couplings < 2:
+        raise ValueError(f"expected num_couplings >= 2, so that every entry is changed; got {num_couplings}")
+    if hidden_dims is None:
+        hidden_dims = (max(32, 2 * input_dim),) * 2
+    if mask_cycle is None:
+        pairs = [masks.half] if input_dim < 4 else [masks.half, masks.alternating]
+        mask_cycle = [make(input_dim, parity) for make in pairs for parity in (0, 1)]
+    options = {"max_log_scale": max_log_scale} if issubclass(coupling, AffineCoupling) else {}
+    parts: list[Transform] = []
+    for mask in islice(cycle(mask_cycle), num_couplings):
+        if between is not None and parts:
+            parts.append(between(input_dim))
+        conditioner = MLP(
+            mask.num_kept,
+            mask.num_changed * coupling.outputs_per_entry,
+            hidden_dims,
+            context_dim=context_dim,
+            activation=activation,
+            residual=residual,
+        )
+        parts.append(coupling(Mask(mask.b), conditioner, context_dim=context_dim, **options))
+    return Compose(parts)

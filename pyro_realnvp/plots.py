@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of flows (``pip install pyro_realnvp[plots]``). Each draws into axes, given or new, and returns them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("plots need matplotlib: pip install 'pyro_realnvp[plots]'") from error
+
+from .compose import Compose
+from .training import History
+
+DATA_COLOR, FLOW_COLOR = "tab:blue", "tab:orange"
+_GRID_POINTS = 200  # on each axis
+
+
+def plot_density(
+    flow: nn.Module,
+    x: Tensor | None = None,
+    *,
+    context: Tensor | None = None,
+    max_points: int = 500,
+    ax: Axes | None = None,
+) -> Axes:
+    """The density of a 2-D flow over a grid, with data on top.
+
+    Args:
+        flow: a :class:`Flow` of two dimensions.
+        x: data, ``(N, 2)``; the grid covers them with a margin, or [-4, 4] without them.
+        context: ``(context_dim,)``, for a conditional flow.
+        max_points: so many of the data are drawn, 0 for none.
+    """
+    _check_2d(flow)
+    low, high = (
+        (torch.tensor([-4.0, -4.0]), torch.tensor([4.0, 4.0])) if x is None else (x.amin(0).cpu(), x.amax(0).cpu())
+    )
+    margin = 0.15 * (high - low)
+    axes = [torch.linspace(float(a), float(b), _GRID_POINTS) for a, b in zip(low - margin, high + margin)]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="xy"), -1).to(next(flow.parameters()))
+    with torch.no_grad():
+        density = flow(*_given(context)).log_prob(grid).exp().cpu()
+    ax = _axes(ax)
+    ax.pcolormesh(axes[0], axes[1], density, cmap="magma", shading="gouraud", rasterized=True)
+    if x is not None:
+        ax.scatter(*x[:max_points].cpu().T, s=1, c="white", alpha=0.3, linewidths=0)
+    ax.set(title="density", xlabel="$y_1$", ylabel="$y_2$")
+    return ax
+
+
+def plot_samples(
+    flow: nn.Module, x: Tensor, *, context: Tensor | None = None, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """The first two columns of the data, beside as many samples, on the same scales.
+
+    Args:
+        context: one context, ``(context_dim,)``, or one for each row, ``(N, context_dim)``.
+        axes: two axes to draw into.
+    """
+    _check_2d(flow, at_least=True)
+    with torch.no_grad():
+        samples = flow(*_given(context)).sample((len(x),) if context is None or context.dim() == 1 else ())
+    axes = plt.subplots(1, 2, figsize=(8, 4), sharex=True, sharey=True)[1] if axes is None else axes
+    for ax, points, title, color in zip(axes, (x, samples), ("data", "samples"), (DATA_COLOR, FLOW_COLOR)):
+        ax.scatter(*points[:, :2].cpu().T, s=3, c=color, alpha=0.5, linewidths=0)
+        ax.set(title=title, xlabel="$y_1$", ylabel="$y_2$")
+    axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
+    return axes
+
+
+def plot_latent(
+    flow: nn.Module, x: Tensor, *, context: Tensor | None = None, color: Tensor | None = None, ax: Axes | None = None
+) -> Axes:
+    """The first two columns of the data in latent space, with circles around 50, 90 and 99 % of a standard normal.
+
+    Args:
+        color: a value for each row, e.g. its label.
+    """
+    _check_2d(flow, at_least=True)
+    bijection = flow.bijection if context is None else flow.bijection.condition(context)
+    with torch.no_grad():
+        latent = bijection.inv(x)[:, :2].cpu()
+    ax = _axes(ax)
+    ax.scatter(*latent.T, s=3, c=DATA_COLOR if color is None else color.cpu(), cmap="coolwarm", alpha=0.6, linewidths=0)
+    for mass in (0.5, 0.9, 0.99):
+        radius = (-2 * torch.log(torch.tensor(1 - mass))).sqrt().item()
+        ax.add_patch(plt.Circle((0, 0), radius, fill=False, color="gray", linewidth=0.8))
+    ax.set(title="data in latent space", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    return ax
+
+
+def plot_layers(flow: nn.Module, x: Tensor, *, color: Tensor | None = None, max_panels: int = 8) -> Figure:
+    """The way of the data to latent space, some of the layers on it.
+
+    Args:
+        flow: a :class:`Flow` around a :class:`Compose`, without context.
+        x: data, ``(N, D)``; the first two columns are drawn.
+        color: a value for each row, e.g. its label.
+        max_panels: at most so many stages, evenly spaced; the first is the data, the last the latent.
+    """
+    _check_2d(flow, at_least=True)
+    if not isinstance(flow.bijection, Compose):
+        raise ValueError(f"expected a flow around a Compose; got {type(flow.bijection).__name__}, which has no layers")
+    stages = [x]
+    with torch.no_grad():
+        for part in reversed(flow.bijection.parts):
+            stages.append(part.inverse_and_ladj(stages[-1])[0])
+    shown = torch.linspace(0, len(stages) - 1, min(max_panels, len(stages))).round().int().tolist()
+    fig, axes = plt.subplots(1, len(shown), figsize=(2.2 * len(shown), 2.5), layout="constrained", squeeze=False)
+    for ax, k in zip(axes[0], shown):
+        points = stages[k][:, :2].cpu()
+        ax.scatter(*points.T, s=1, c=DATA_COLOR if color is None else color.cpu(), cmap="coolwarm", linewidths=0)
+        title = "data" if k == 0 else "latent" if k == len(stages) - 1 else f"after {k}"
+        ax.set(title=title, xticks=[], yticks=[])
+    return fig
+
+
+def plot_loss(history: History, *, ax: Axes | None = None) -> Axes:
+    """The loss of each step, the held-out loss and the best of it, in nats. Skipped steps are gaps."""
+    ax = _axes(ax)
+    ax.plot(
+        range(1, len(history.loss) + 1), history.loss, c=DATA_COLOR, alpha=0.3, linewidth=0.7, label="training batch"
+    )
+    ax.plot(history.validation_steps, history.validation_loss, c=FLOW_COLOR, label="held out")
+    ax.plot(history.best_step, history.best_loss, "o", c="black", markersize=4, label=f"best: {history.best_loss:.3f}")
+    losses = torch.tensor(history.loss + history.validation_loss)
+    losses = losses[losses.isfinite()]
+    if len(losses):
+        low, high = losses.min().item(), losses.quantile(0.99).item()
+        ax.set_ylim(low - 0.05 * (high - low + 1e-6), high + 0.05 * (high - low + 1e-6))
+    ax.set(title="loss", xlabel="step", ylabel="negative log-likelihood (nats)")
+    ax.legend(frameon=False)
+    return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    return plt.subplots(figsize=(4, 4), layout="constrained")[1] if ax is None else ax
+
+
+def _given(context: Tensor | None) -> tuple[Tensor, ...]:
+    return () if context is None else (context,)
+
+
+def _check_2d(flow: nn.Module, *, at_least: bool = False) -> None:
+    shape = tuple(flow.event_shape)
+    if len(shape) != 1 or shape[0] < 2 or (shape[0] > 2 and not at_least):
+        raise ValueError(
+            f"expected a flow of {'two or more' if at_least else 'two'} dimensions; got event shape {shape}"
+        )

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+import hypothesis
+import pyro
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    max_examples=20,
+    report_multiple_bugs=False,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("ci")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)

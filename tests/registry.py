@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every public bijection, as something that Hypothesis can draw. Adding a bijection is adding a line to CASES."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyro.distributions.transforms as T
+import torch
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import pyro_realnvp as rn
+from pyro_realnvp import masks
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    covers: type[rn.Bijection]
+    make: Callable  # draw -> Bijection
+    plain: bool = True  # whether all parts are our own
+
+    def __repr__(self):
+        return self.name
+
+
+def draw_dim(draw):
+    return draw(st.integers(2, 6), label="D")
+
+
+def draw_mask(draw, dim):
+    kind = draw(st.sampled_from(["half", "alternating", "random", "any"]), label="mask")
+    if kind == "any":
+        kept = draw(st.integers(1, 2**dim - 2))
+        return rn.Mask(torch.tensor([bool(kept >> k & 1) for k in range(dim)]))
+    if kind == "random":
+        return masks.random(dim)
+    return getattr(masks, kind)(dim, draw(st.integers(0, 1)))
+
+
+def draw_coupling(draw, cls, dim=None):
+    mask = draw_mask(draw, dim or draw_dim(draw))
+    context_dim = draw(st.sampled_from([0, 0, 3]), label="context_dim")
+    hidden_dims = draw(st.sampled_from([(8,), (8, 8)]))
+    activation = draw(st.sampled_from([torch.nn.Tanh, torch.nn.ReLU, torch.nn.SiLU]))
+    net = rn.MLP(
+        mask.num_kept,
+        mask.num_changed * cls.outputs_per_entry,
+        hidden_dims,
+        context_dim=context_dim,
+        activation=activation,
+        residual=draw(st.booleans()),
+    )
+    return cls(mask, net, context_dim=context_dim)
+
+
+def draw_real_nvp(draw):
+    between = st.sampled_from([None, rn.InvertibleLinear, lambda d: rn.ActNorm(d).inv, lambda d: rn.BatchNorm(d).inv])
+    return rn.real_nvp(
+        draw_dim(draw),
+        num_couplings=draw(st.integers(2, 5)),
+        hidden_dims=(8, 8),
+        context_dim=draw(st.sampled_from([0, 3])),
+        between=draw(between),
+        coupling=draw(st.sampled_from([rn.AffineCoupling, rn.AdditiveCoupling, rn.VolumePreservingCoupling])),
+    )
+
+
+def draw_mixed(draw):
+    dim = draw_dim(draw)
+    return rn.Compose(
+        [
+            draw_coupling(draw, rn.AffineCoupling, dim),
+            T.permute(dim),
+            T.AffineTransform(torch.ones(dim, dtype=torch.float64), 2.0),
+            T.Householder(dim),
+            rn.ActNorm(dim).inv,
+        ]
+    )
+
+
+def draw_random_linear(draw):
+    dim = draw_dim(draw)
+    return rn.InvertibleLinear(dim, permutation=torch.randperm(dim))
+
+
+def draw_fitted(draw, cls, fit):
+    dim = draw_dim(draw)
+    return fit(cls(dim), 3 * torch.randn(50, dim) + 1)
+
+
+CASES = [
+    Case("affine", rn.AffineCoupling, lambda draw: draw_coupling(draw, rn.AffineCoupling)),
+    Case("additive", rn.AdditiveCoupling, lambda draw: draw_coupling(draw, rn.AdditiveCoupling)),
+    Case("volume", rn.VolumePreservingCoupling, lambda draw: draw_coupling(draw, rn.VolumePreservingCoupling)),
+    Case("permute", rn.Permute, lambda draw: rn.Permute(torch.randperm(draw_dim(draw)))),
+    Case("linear", rn.InvertibleLinear, draw_random_linear),
+    Case("actnorm", rn.ActNorm, lambda draw: draw_fitted(draw, rn.ActNorm, rn.ActNorm.initialize)),
+    Case("batchnorm", rn.BatchNorm, lambda draw: rn.BatchNorm(draw_dim(draw))),
+    Case("standardize", rn.Standardize, lambda draw: draw_fitted(draw, rn.Standardize, rn.Standardize.fit)),
+    Case("inverse", rn.Inverse, lambda draw: draw_coupling(draw, rn.AffineCoupling).inv),
+    Case("conditioned", rn.Conditioned, lambda draw: rn.real_nvp(3, num_couplings=2, context_dim=2, hidden_dims=(8,))),
+    Case("real_nvp", rn.Compose, draw_real_nvp),
+    Case("mixed", rn.Compose, draw_mixed, plain=False),
+]
+
+
+def perturb(f: rn.Bijection, scale: float = 0.2) -> rn.Bijection:
+    """Moves every parameter away from birth, where all flows are the identity."""
+    with torch.no_grad():
+        for p in f.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return f
+
+
+@st.composite
+def bijections(draw, case: Case):
+    """A case in float64 and eval mode, away from birth, with a context if it takes one."""
+    torch.manual_seed(draw(st.integers(0, 2**16), label="seed"))
+    f = perturb(case.make(draw).double()).eval()
+    if f.context_dim:
+        batch_shape = draw(st.sampled_from([(), (1,), (3,), (2, 1)]), label="context batch shape")
+        f = f.condition(torch.randn(*batch_shape, f.context_dim, dtype=torch.float64))
+    return f
+
+
+def fits(f: rn.Bijection, batch_shape) -> bool:
+    try:
+        return bool(f.forward_shape(batch_shape + f.event_shape))
+    except ValueError:
+        return False
+
+
+@st.composite
+def values(draw, f: rn.Bijection, magnitude: float = 10.0, batch_shapes=((), (0,), (1,), (3,), (2, 3))):
+    """An input of f, of any batch shape that broadcasts with the context's."""
+    batch_shapes = [shape for shape in batch_shapes if fits(f, shape)]
+    shape = draw(st.sampled_from(batch_shapes), label="batch shape") + f.event_shape
+    elements = st.floats(-magnitude, magnitude, allow_subnormal=False)
+    return torch.from_numpy(draw(arrays(np.float64, shape, elements=elements), label="x")).clone()

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws that every bijection obeys, over the registry."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from registry import CASES, bijections, values
+from torch.func import functional_call, jacrev, vmap
+
+import pyro_realnvp as rn
+
+over_registry = pytest.mark.parametrize("case", CASES, ids=repr)
+over_plain = pytest.mark.parametrize("case", [case for case in CASES if case.plain], ids=repr)
+
+
+def base_of(f, dtype=torch.float64):
+    return dist.Normal(torch.zeros(f.event_shape, dtype=dtype), 1.0).to_event(1)
+
+
+def count_evaluations(f, call):
+    """How often `call` evaluates each conditioner of f: the set of the counts."""
+    counts = {m: 0 for m in f.modules() if isinstance(m, rn.MLP)}
+    handles = [m.register_forward_hook(lambda m, *_: counts.__setitem__(m, counts[m] + 1)) for m in counts]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return set(counts.values())
+
+
+def autograd_ladj(f, x):
+    """log|det dy/dx| of each event, from the Jacobian."""
+    x = x.expand(f.forward_shape(x.shape)).clone().requires_grad_()
+    y = f(x)
+    rows = [torch.autograd.grad(y[..., i].sum(), x, retain_graph=True)[0] for i in range(y.shape[-1])]
+    return torch.linalg.slogdet(torch.stack(rows, -2)).logabsdet
+
+
+def test_registry_is_complete():
+    def below(cls):
+        return {cls}.union(*(below(c) for c in cls.__subclasses__()))
+
+    public = {
+        c for c in below(rn.Bijection) if c.__module__.startswith("pyro_realnvp") and not c.__name__.startswith("_")
+    }
+    abstract = {rn.Bijection, rn.coupling.Coupling}
+    assert public - abstract == {case.covers for case in CASES}
+
+
+@over_registry
+@given(data=st.data())
+def test_round_trip(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, magnitude=1e4))
+    y, ladj = f.forward_and_ladj(x)
+    back, back_ladj = f.inverse_and_ladj(y)
+    torch.testing.assert_close(back, x.expand_as(back), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(back_ladj, -ladj, rtol=1e-6, atol=1e-6)
+    x, ladj = f.inverse_and_ladj(y)
+    torch.testing.assert_close(f.forward_and_ladj(x)[0], y, rtol=1e-6, atol=1e-6)
+
+
+@over_registry
+@given(data=st.data())
+def test_ladj_is_that_of_the_jacobian(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f))
+    expected = autograd_ladj(f, x)
+    torch.testing.assert_close(f.forward_and_ladj(x)[1].expand_as(expected), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(f.log_abs_det_jacobian(x, f(x)).expand_as(expected), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(autograd_ladj(f.inv, f(x).detach()), -expected, rtol=1e-6, atol=1e-6)
+
+
+@over_registry
+@given(data=st.data())
+def test_shapes_and_dtypes(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64] if case.plain else [torch.float64]))
+    f, x = f.to(dtype), x.to(dtype)
+    y, ladj = f.forward_and_ladj(x)
+    assert y.shape == f.forward_shape(x.shape) and ladj.shape == y.shape[:-1]
+    back, back_ladj = f.inverse_and_ladj(y)
+    assert back.shape == f.inverse_shape(y.shape) and back_ladj.shape == y.shape[:-1]
+    assert {y.dtype, ladj.dtype, back.dtype, back_ladj.dtype} == {dtype}
+    assert f.domain.event_dim == f.codomain.event_dim == len(f.event_shape) == f.event_dim
+    for wrong in (x.shape[:-1] + (7,), ()):
+        with pytest.raises(ValueError, match="expected"):
+            f(torch.zeros(wrong, dtype=dtype))
+
+
+@over_registry
+@given(data=st.data())
+def test_gradients_are_finite(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, magnitude=1e4)).requires_grad_()
+    y, ladj = f.forward_and_ladj(x)
+    grads = torch.autograd.grad((y.sum() + ladj.sum()), [x, *f.parameters()], allow_unused=True)
+    assert all(g.isfinite().all() for g in grads if g is not None)
+
+
+@over_registry
+@given(data=st.data())
+def test_one_evaluation(case, data):
+    f = data.draw(bijections(case))
+    y = data.draw(values(f, batch_shapes=((), (1,), (3,), (2, 3))))  # torch cannot validate an empty batch
+    d = dist.TransformedDistribution(base_of(f), [f])
+    inverse = dist.TransformedDistribution(base_of(f), [f.inv])
+    in_compose = dist.TransformedDistribution(
+        base_of(f), [rn.Compose([f, rn.Permute(torch.arange(f.event_shape[0]).flip(0))])]
+    )
+    one = {1} if any(isinstance(m, rn.MLP) for m in f.modules()) else set()
+    for p in (d, inverse, in_compose):
+        assert count_evaluations(f, lambda p=p: p.log_prob(y)) == one
+        assert count_evaluations(f, lambda p=p: p.log_prob(p.rsample())) == one
+
+    def ladj_of_both():
+        x = f(y)
+        f.log_abs_det_jacobian(y, x), f.inv.log_abs_det_jacobian(x, y), f.inv(x)
+
+    assert count_evaluations(f, ladj_of_both) == one
+    flow = rn.Flow(f, f.event_shape).double()
+    assert count_evaluations(f, lambda: flow().log_prob(y)) == one
+    assert count_evaluations(f, lambda: flow().log_prob(flow().rsample())) == one
+    assert count_evaluations(f, lambda: flow().rsample_and_log_prob((2,))) == one
+
+
+def fused_adam_step(f):
+    opt = torch.optim.Adam(f.parameters(), lr=0.1, fused=True)
+    for p in f.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+
+
+@torch.no_grad()
+def add_in_place(f):
+    for p in f.parameters():
+        p.add_(0.1)
+
+
+def assign_data(f):
+    for p in f.parameters():
+        p.data = p.data + 0.1
+
+
+def load_other_state(f):
+    f.load_state_dict({k: v + 0.1 if v.is_floating_point() else v for k, v in f.state_dict().items()})
+
+
+@torch.no_grad()
+def edit_buffers(f):
+    for b in f.buffers():
+        if b.is_floating_point():
+            b.mul_(1.1)
+
+
+@over_registry
+@pytest.mark.parametrize("edit", [fused_adam_step, add_in_place, assign_data, load_other_state, edit_buffers])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_never_stale(case, edit, data):
+    f = data.draw(bijections(case))
+    if not (list(f.parameters()) if edit is fused_adam_step else True):
+        return
+    with torch.set_grad_enabled(data.draw(st.booleans(), label="grad")):
+        x = data.draw(values(f, batch_shapes=((), (3,))))
+        y = f(x)  # all outputs stay alive, as if a user kept them
+        x_of_y = f.inv(x)
+        edit(f)
+        fresh = copy.deepcopy(f)
+        for value in (x.clone(), y.clone()):
+            torch.testing.assert_close(f(value), fresh.forward_and_ladj(value)[0], rtol=0, atol=0)
+        torch.testing.assert_close(f.inv(y), fresh.inverse_and_ladj(y)[0], rtol=0, atol=0)
+        torch.testing.assert_close(f(x_of_y), fresh.forward_and_ladj(x_of_y)[0], rtol=0, atol=0)
+        torch.testing.assert_close(f.log_abs_det_jacobian(x, y), fresh.forward_and_ladj(x)[1], rtol=0, atol=0)
+        d = dist.TransformedDistribution(base_of(f), [f])
+        expected = dist.TransformedDistribution(base_of(f), [fresh]).log_prob(y)
+        torch.testing.assert_close(d.log_prob(y), expected, rtol=0, atol=0)
+
+
+@over_registry
+@given(data=st.data())
+def test_grad_mode_is_not_mixed_up(case, data):
+    f = data.draw(bijections(case))
+    y = data.draw(values(f, batch_shapes=((3,),)))
+    d = dist.TransformedDistribution(base_of(f), [f])
+    with torch.no_grad():
+        sample = d.sample((3,))
+        d.log_prob(y), d.log_prob(sample)
+    trained = [p for p in f.parameters() if p.requires_grad]
+    for value in (y, sample):
+        loss = d.log_prob(value).sum()
+        assert loss.requires_grad == bool(trained)
+        if trained:
+            assert all(g is not None for g in torch.autograd.grad(loss, trained))
+    for _ in range(3):  # full-batch training on one tensor
+        if trained:
+            d.log_prob(y).sum().backward()
+
+
+@over_registry
+@given(data=st.data())
+def test_in_place_edits_of_values_are_seen(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, batch_shapes=((3,),)))
+    with torch.no_grad():
+        y = f(x)
+        y.add_(1.0)
+        torch.testing.assert_close(f.inv(y), f.inv(y.clone()), rtol=0, atol=0)
+        y = f(x)
+        x.add_(1.0)
+        torch.testing.assert_close(f.inv(y), f.inv(y.clone()), rtol=0, atol=0)
+    y = f(x).detach()
+    y.requires_grad_()
+    assert torch.autograd.grad(f.inv(y).sum(), y)[0].shape == y.shape
+
+
+@over_registry
+@given(data=st.data())
+def test_two_draws_scored_out_of_order(case, data):
+    f = data.draw(bijections(case))
+    d = dist.TransformedDistribution(base_of(f), [f])
+    first, second = d.rsample((3,)) if not f.forward_shape(f.event_shape)[:-1] else d.rsample(), d.rsample()
+    torch.testing.assert_close(d.log_prob(first), d.log_prob(first.clone()), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(d.log_prob(second), d.log_prob(second.clone()), rtol=1e-6, atol=1e-6)
+
+
+@over_registry
+@given(data=st.data())
+def test_memory_dies_with_the_output(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, batch_shapes=((3,),))).clone().requires_grad_()
+    alive = weakref.ref(x)
+    y = f(x)
+    f.log_abs_det_jacobian(x, y)
+    x2 = f.inv(y.detach())
+    f.inv.log_abs_det_jacobian(y, x2)
+    del x, y, x2
+    gc.collect()
+    assert alive() is None
+    assert all(m._memo._input is None for m in f.modules() if isinstance(m, rn.Bijection))
+
+
+@over_registry
+@given(data=st.data())
+def test_copies_and_pickles(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, batch_shapes=((3,),)))
+    before = len(pickle.dumps(f))
+    y, x_of_y = f(x), f.inv(x)
+    assert len(pickle.dumps(f)) == before or not case.plain, "a pickle carries cached data"
+    buffer = io.BytesIO()
+    torch.save(f, buffer)
+    buffer.seek(0)
+    for clone in (
+        copy.deepcopy(f),
+        pickle.loads(pickle.dumps(f)),
+        torch.load(buffer, weights_only=False),
+        copy.copy(f),
+    ):
+        torch.testing.assert_close(clone(x), y, rtol=0, atol=0)
+        torch.testing.assert_close(clone.inv(x), x_of_y, rtol=0, atol=0)
+    clone = copy.deepcopy(f.inv)
+    torch.testing.assert_close(clone(x), x_of_y, rtol=0, atol=0)
+
+
+@over_plain
+@given(data=st.data())
+def test_state_dict_restores_the_function(case, data):
+    """Also where masks and permutations were drawn at random: they are part of the state."""
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, batch_shapes=((3,),)))
+    fresh = copy.deepcopy(f)
+    for module in fresh.modules():
+        if isinstance(module, rn.Permute):
+            rn.Permute.__init__(module, torch.randperm(module.event_shape[0]))
+    load = fresh.double()
+    for p in load.parameters():
+        torch.nn.init.normal_(p)
+    load.load_state_dict(f.state_dict())
+    torch.testing.assert_close(load(x), f(x), rtol=0, atol=0)
+    assert set(f.inv.state_dict()) == {f"bijection.{k}" for k in f.state_dict()} or isinstance(f, rn.Inverse)
+
+
+@over_registry
+@given(data=st.data())
+def test_inverse_is_a_module(case, data):
+    f = data.draw(bijections(case))
+    assert f.inv.inv is f and f.inv is f.inv
+    assert {id(p) for p in f.inv.parameters()} == {id(p) for p in f.parameters()}
+    assert f.with_cache(0) is f and f.with_cache(1) is f
+    independent = torch.distributions.IndependentTransform(f, 1)
+    x = data.draw(values(f, batch_shapes=((3,),)))
+    if f.forward_shape(x.shape) == x.shape:
+        torch.testing.assert_close(independent.log_abs_det_jacobian(x, f(x)), f.log_abs_det_jacobian(x, f(x)).sum(-1))
+
+
+@over_registry
+@given(data=st.data())
+def test_density_in_pyro(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, batch_shapes=((), (1,), (3,), (2, 3))))  # torch cannot validate an empty batch
+    y, ladj = f.forward_and_ladj(x)
+    expected = base_of(f).log_prob(x) - ladj
+    composed = dist.transforms.ComposeTransformModule([f, dist.transforms.AffineTransform(0.0, 1.0)])
+    flow = rn.Flow(f, f.event_shape).double()
+    for d in (
+        dist.TransformedDistribution(base_of(f), [f]),
+        dist.TransformedDistribution(base_of(f), [composed]),
+        dist.TransformedDistribution(base_of(f), [f.inv.inv]),
+        flow(),
+    ):
+        torch.testing.assert_close(d.log_prob(y), expected.expand(d.log_prob(y).shape), rtol=1e-5, atol=1e-5)
+        assert d.rsample((5,)).shape == (5,) + d.batch_shape + d.event_shape
+        assert d.expand((4,) + d.batch_shape).sample().shape == (4,) + d.batch_shape + d.event_shape
+        assert d.support.check(y).all()
+
+
+@over_plain
+@settings(max_examples=5)
+@given(data=st.data())
+def test_torch_func(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, batch_shapes=((3,),)))
+    if f.forward_shape(f.event_shape) != f.event_shape:
+        return  # a batch of contexts
+    y, ladj = f.forward_and_ladj(x)
+    torch.testing.assert_close(vmap(f)(x), y)
+    torch.testing.assert_close(vmap(f.inv)(y), f.inverse_and_ladj(y)[0])
+    torch.testing.assert_close(torch.linalg.slogdet(vmap(jacrev(f))(x)).logabsdet, ladj, rtol=1e-6, atol=1e-6)
+    doubled = {k: 2 * p for k, p in f.named_parameters()}
+    called = functional_call(f, doubled, (x,))
+    clone = copy.deepcopy(f)
+    with torch.no_grad():
+        for p in clone.parameters():
+            p.mul_(2)
+    torch.testing.assert_close(called, clone(x))
+    torch.testing.assert_close(f(x), y, rtol=0, atol=0)  # nothing escaped
+
+
+@over_plain
+@settings(max_examples=2)
+@given(data=st.data())
+def test_compiles(case, data):
+    f = data.draw(bijections(case))
+    y = data.draw(values(f, batch_shapes=((3,),)))
+    d = dist.TransformedDistribution(base_of(f), [f])
+    flow = rn.Flow(f, f.event_shape).double()
+    torch._dynamo.reset()
+    for p in (d, flow()):
+        compiled = torch.compile(p.log_prob, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(y), p.log_prob(y))
+        assert (
+            torch.compile(lambda p=p: p.rsample((3,)), fullgraph=True, backend="aot_eager")().shape
+            == p.rsample((3,)).shape
+        )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@over_plain
+@settings(max_examples=2)
+@given(data=st.data())
+def test_traces(case, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, batch_shapes=((3,),)))
+    f.requires_grad_(False)
+    traced = torch.jit.trace(lambda x: f.forward_and_ladj(x), (x,), check_trace=False)
+    for got, want in zip(traced(x + 1), f.forward_and_ladj(x + 1)):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("num_couplings", [2, 16])
+@pytest.mark.parametrize("coupling", [rn.AffineCoupling, rn.AdditiveCoupling, rn.VolumePreservingCoupling])
+def test_identity_at_birth(num_couplings, coupling):
+    for between in (
+        None,
+        rn.InvertibleLinear,
+        lambda d: rn.ActNorm(d).inv,
+        lambda d: rn.BatchNorm(d).inv,
+        rn.Standardize,
+    ):
+        f = rn.real_nvp(5, num_couplings=num_couplings, coupling=coupling, between=between).eval()
+        x = 10 * torch.randn(100, 5)
+        y, ladj = f.forward_and_ladj(x)
+        assert torch.equal(y, x) and torch.equal(ladj, torch.zeros(100))
