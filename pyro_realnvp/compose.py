@@ -131,7 +131,7 @@ class _Foreign(Bijection):
 
 
 def _drop_cache(transform: Transform) -> None:
-    for name in [name for name in vars(transform) if name.startswith("_cached")]:
+    for name in [name for name in vars(transform) if name.startswith("_cache") and name != "_cache_size"]:
         setattr(transform, name, (None, None) if name == "_cached_x_y" else None)
 
 

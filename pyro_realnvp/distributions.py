@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 
 from .bijection import Bijection
-from .shapes import check_context
+from .shapes import check_context, sum_events
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -26,7 +26,7 @@ class FlowDistribution(dist.TransformedDistribution):
             self._validate_sample(value)
         (transform,) = self.transforms
         x, ladj = transform.evaluate(value, forward=False, remember=False)
-        return self.base_dist.log_prob(x) + ladj
+        return self.base_dist.log_prob(x) + self._sum(ladj)
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """A reparametrised sample y and log p(y), in one pass.
@@ -39,7 +39,10 @@ class FlowDistribution(dist.TransformedDistribution):
         (transform,) = self.transforms
         x = self.base_dist.rsample(torch.Size(sample_shape))
         y, ladj = transform.evaluate(x, forward=True, remember=False)
-        return y, self.base_dist.log_prob(x) - ladj
+        return y, self.base_dist.log_prob(x) - self._sum(ladj)
+
+    def _sum(self, ladj: Tensor) -> Tensor:
+        return sum_events(ladj, self.event_dim - self.transforms[0].codomain.event_dim)
 
 
 class Base(nn.Module):
@@ -136,8 +139,13 @@ class Flow(nn.Module):
             raise ValueError("the bijection does not know its event shape: pass event_shape=")
         self.bijection = bijection
         self.event_shape = torch.Size(event_shape)
+        extra_dims = len(self.event_shape) - bijection.codomain.event_dim  # axes on which the bijection acts one by one
+        if extra_dims < 0:
+            raise ValueError(
+                f"expected an event shape of the bijection's {bijection.event_dim} axes; got {event_shape}"
+            )
         base_shape = bijection.inverse_shape(self.event_shape)
-        base_shape = base_shape[len(base_shape) - bijection.domain.event_dim :]
+        base_shape = base_shape[len(base_shape) - bijection.domain.event_dim - extra_dims :]
         self.base = (
             base if base is not None else Base(dist.Normal, loc=torch.zeros(base_shape), scale=torch.ones(base_shape))
         )

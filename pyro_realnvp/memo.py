@@ -113,4 +113,4 @@ def what_was_read(bijection: nn.Module, *values: Tensor) -> tuple | None:
 
 
 def _is_cache(name: str) -> bool:
-    return name == "_inv" or name.startswith("_cached")
+    return name == "_inv" or name.startswith("_cache")

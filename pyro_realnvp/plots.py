@@ -46,9 +46,9 @@ def plot_density(
     with torch.no_grad():
         density = flow(*_given(context)).log_prob(grid).exp().cpu()
     ax = _axes(ax)
-    ax.pcolormesh(axes[0], axes[1], density, cmap="magma", shading="gouraud", rasterized=True)
+    ax.pcolormesh(axes[0].numpy(), axes[1].numpy(), density.numpy(), cmap="magma", shading="gouraud", rasterized=True)
     if x is not None:
-        ax.scatter(*x[:max_points].cpu().T, s=1, c="white", alpha=0.3, linewidths=0)
+        ax.scatter(*x[:max_points].cpu().T.numpy(), s=1, c="white", alpha=0.3, linewidths=0)
     ax.set(title="density", xlabel="$y_1$", ylabel="$y_2$")
     return ax
 
@@ -67,7 +67,7 @@ def plot_samples(
         samples = flow(*_given(context)).sample((len(x),) if context is None or context.dim() == 1 else ())
     axes = plt.subplots(1, 2, figsize=(8, 4), sharex=True, sharey=True)[1] if axes is None else axes
     for ax, points, title, color in zip(axes, (x, samples), ("data", "samples"), (DATA_COLOR, FLOW_COLOR)):
-        ax.scatter(*points[:, :2].cpu().T, s=3, c=color, alpha=0.5, linewidths=0)
+        ax.scatter(*points[:, :2].cpu().T.numpy(), s=3, c=color, alpha=0.5, linewidths=0)
         ax.set(title=title, xlabel="$y_1$", ylabel="$y_2$")
     axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
     return axes
@@ -86,7 +86,7 @@ def plot_latent(
     with torch.no_grad():
         latent = bijection.inv(x)[:, :2].cpu()
     ax = _axes(ax)
-    ax.scatter(*latent.T, s=3, c=DATA_COLOR if color is None else color.cpu(), cmap="coolwarm", alpha=0.6, linewidths=0)
+    _scatter(ax, latent, color, s=3, alpha=0.6)
     for mass in (0.5, 0.9, 0.99):
         radius = (-2 * torch.log(torch.tensor(1 - mass))).sqrt().item()
         ax.add_patch(plt.Circle((0, 0), radius, fill=False, color="gray", linewidth=0.8))
@@ -114,7 +114,7 @@ def plot_layers(flow: nn.Module, x: Tensor, *, color: Tensor | None = None, max_
     fig, axes = plt.subplots(1, len(shown), figsize=(2.2 * len(shown), 2.5), layout="constrained", squeeze=False)
     for ax, k in zip(axes[0], shown):
         points = stages[k][:, :2].cpu()
-        ax.scatter(*points.T, s=1, c=DATA_COLOR if color is None else color.cpu(), cmap="coolwarm", linewidths=0)
+        _scatter(ax, points, color, s=1)
         title = "data" if k == 0 else "latent" if k == len(stages) - 1 else f"after {k}"
         ax.set(title=title, xticks=[], yticks=[])
     return fig
@@ -140,6 +140,14 @@ def plot_loss(history: History, *, ax: Axes | None = None) -> Axes:
 
 def _axes(ax: Axes | None) -> Axes:
     return plt.subplots(figsize=(4, 4), layout="constrained")[1] if ax is None else ax
+
+
+def _scatter(ax: Axes, points: Tensor, color: Tensor | None, **style) -> None:
+    if color is None:
+        style |= {"c": DATA_COLOR}
+    else:
+        style |= {"c": color.cpu().numpy(), "cmap": "coolwarm"}
+    ax.scatter(*points.T.numpy(), linewidths=0, **style)
 
 
 def _given(context: Tensor | None) -> tuple[Tensor, ...]:

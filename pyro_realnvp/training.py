@@ -109,6 +109,8 @@ def fit(
         >>> len(history.loss)
         20
     """
+    if num_steps < 1:
+        raise ValueError(f"expected num_steps >= 1; got {num_steps}")
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
     batches, held_out = prepare(flow, x, context, validation, batch_size, generator)

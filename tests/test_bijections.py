@@ -348,7 +348,7 @@ def test_torch_func(case, data):
 
 
 @over_plain
-@settings(max_examples=2)
+@settings(max_examples=1)
 @given(data=st.data())
 def test_compiles(case, data):
     f = data.draw(bijections(case))

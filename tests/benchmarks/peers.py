@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same RealNVP in each library: as many couplings, the same ReLU networks, alternating halves.
+
+Each is built the way its documentation recommends and, where there are several, the fastest.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import FrEIA.framework
+import FrEIA.modules
+import nflows.distributions
+import nflows.flows
+import nflows.transforms
+import normflows
+import pyro.distributions as dist
+import pyro.distributions.transforms as T
+import torch
+import zuko
+from pyro.nn import DenseNN
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+from pyro_realnvp import Flow, masks, real_nvp
+
+
+class Setting(NamedTuple):
+    """An even number of couplings on an even number of dimensions, with two hidden layers each."""
+
+    dim: int
+    batch: int
+    num_couplings: int
+    hidden: int
+
+    def __str__(self) -> str:
+        return f"D {self.dim}, batch {self.batch}, {self.num_couplings} layers, 2x{self.hidden}"
+
+
+@dataclass
+class Contender:
+    """A flow with the calls that are timed."""
+
+    module: nn.Module
+    log_prob: Callable[[Tensor], Tensor]
+    sample: Callable[[int], Tensor]
+
+    def parameters(self) -> list[Tensor]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def network(setting: Setting, num_in: int, num_out: int) -> nn.Sequential:
+    h = setting.hidden
+    return nn.Sequential(nn.Linear(num_in, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, num_out))
+
+
+def half_masks(setting: Setting) -> list[Tensor]:
+    """Of each coupling, true where an entry is kept."""
+    return [masks.half(setting.dim, k % 2).b for k in range(setting.num_couplings)]
+
+
+def our_flow(setting: Setting) -> Flow:
+    return Flow(
+        real_nvp(
+            setting.dim,
+            num_couplings=setting.num_couplings,
+            hidden_dims=(setting.hidden, setting.hidden),
+            activation=nn.ReLU,
+            mask_cycle=[masks.half(setting.dim, 0), masks.half(setting.dim, 1)],
+        )
+    )
+
+
+def ours(setting: Setting) -> Contender:
+    flow = our_flow(setting)
+    return Contender(flow, lambda x: flow().log_prob(x), lambda n: flow().sample((n,)))
+
+
+def ours_plain(setting: Setting) -> Contender:
+    """Ours inside Pyro's own TransformedDistribution."""
+    bijection = our_flow(setting).bijection
+    d = dist.TransformedDistribution(standard_normal(setting.dim), [bijection])
+    return Contender(bijection, d.log_prob, lambda n: d.sample((n,)))
+
+
+def ours_compiled(setting: Setting) -> Contender:
+    flow = our_flow(setting)
+    log_prob = torch.compile(lambda x: flow().log_prob(x), fullgraph=True)
+    return Contender(flow, log_prob, lambda n: flow().sample((n,)))
+
+
+def pyro_transforms(setting: Setting) -> list[Transform]:
+    """Pyro's coupling always keeps the first half, so a flip stands between."""
+    half, flip = setting.dim // 2, torch.arange(setting.dim).flip(0)
+    transforms = []
+    for k in range(setting.num_couplings):
+        net = DenseNN(half, [setting.hidden] * 2, [setting.dim - half] * 2, nonlinearity=nn.ReLU())
+        transforms += [T.AffineCoupling(half, net)] if k == 0 else [T.Permute(flip), T.AffineCoupling(half, net)]
+    return transforms
+
+
+def pyro_coupling(setting: Setting) -> Contender:
+    transforms = pyro_transforms(setting)
+    d = dist.TransformedDistribution(standard_normal(setting.dim), transforms)
+
+    def log_prob(x: Tensor) -> Tensor:
+        d.clear_cache()  # without it, a second call on the same x returns the first one's value and graph
+        return d.log_prob(x)
+
+    modules = nn.ModuleList(t for t in transforms if isinstance(t, nn.Module))
+    return Contender(modules, log_prob, lambda n: d.sample((n,)))
+
+
+def zuko_nvp(setting: Setting) -> Contender:
+    options = {"hidden_features": (setting.hidden, setting.hidden), "activation": nn.ReLU}
+    transforms = [
+        zuko.flows.GeneralCouplingTransform(setting.dim, mask=mask, **options) for mask in half_masks(setting)
+    ]
+    zeros, ones = torch.zeros(setting.dim), torch.ones(setting.dim)
+    base = zuko.flows.UnconditionalDistribution(zuko.distributions.DiagNormal, zeros, ones, buffer=True)
+    flow = zuko.flows.Flow(transforms, base)
+    return Contender(flow, lambda x: flow().log_prob(x), lambda n: flow().sample((n,)))
+
+
+class _IgnoresContext(nn.Sequential):
+    """nflows hands a context to every network, None included."""
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        return super().forward(x)
+
+
+def nflows_nvp(setting: Setting) -> Contender:
+    def net(num_in: int, num_out: int) -> nn.Module:
+        return _IgnoresContext(*network(setting, num_in, num_out))
+
+    couplings = [nflows.transforms.AffineCouplingTransform((~mask).int(), net) for mask in half_masks(setting)]
+    base = nflows.distributions.StandardNormal([setting.dim])
+    flow = nflows.flows.Flow(nflows.transforms.CompositeTransform(couplings), base)
+    return Contender(flow, flow.log_prob, flow.sample)
+
+
+def normflows_nvp(setting: Setting, *, init_zeros: bool = False) -> Contender:
+    half, h = setting.dim // 2, setting.hidden
+    blocks = [
+        normflows.flows.AffineCouplingBlock(
+            normflows.nets.MLP([half, h, h, setting.dim], init_zeros=init_zeros),
+            split_mode="channel" if k % 2 == 0 else "channel_inv",  # faster than its Permute("swap") between
+        )
+        for k in range(setting.num_couplings)
+    ]
+    flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(setting.dim, trainable=False), blocks)
+    return Contender(flow, flow.log_prob, lambda n: flow.sample(n)[0])
+
+
+def freia_nvp(setting: Setting, *, all_in_one: bool = False) -> Contender:
+    """Its Glow block is two affine couplings, each with one network for scale and shift; its RNVP block would have two.
+
+    (`all_in_one`: the block of its quick start, one coupling with normalisation and permutation.)
+    """
+    inn = FrEIA.framework.SequenceINN(setting.dim)
+    block = FrEIA.modules.AllInOneBlock if all_in_one else FrEIA.modules.GLOWCouplingBlock
+    for _ in range(setting.num_couplings if all_in_one else setting.num_couplings // 2):
+        inn.append(block, subnet_constructor=lambda num_in, num_out: network(setting, num_in, num_out))
+    normalizer = 0.5 * setting.dim * math.log(2 * math.pi)
+
+    def log_prob(x: Tensor) -> Tensor:
+        z, ladj = inn(x)
+        return ladj - 0.5 * z.square().sum(-1) - normalizer
+
+    return Contender(inn, log_prob, lambda n: inn(torch.randn(n, setting.dim), rev=True)[0])
+
+
+def standard_normal(dim: int) -> dist.Distribution:
+    return dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
+
+
+PEERS = {
+    "Pyro": pyro_coupling,
+    "Zuko": zuko_nvp,
+    "nflows": nflows_nvp,
+    "normflows": normflows_nvp,
+    "FrEIA": freia_nvp,
+}
+OURS = {"ours, Flow": ours, "ours, TransformedDistribution": ours_plain}
+
+
+def build(setting: Setting, makers: dict[str, Callable[[Setting], Contender]]) -> dict[str, Contender]:
+    """All of them, of one size, with weights so small that no stack overflows: arithmetic on inf takes other times."""
+    contenders = {name: make(setting) for name, make in makers.items()}
+    for contender in contenders.values():
+        for p in contender.parameters():
+            nn.init.normal_(p, std=0.03)
+    counts = {name: contender.count() for name, contender in contenders.items()}
+    if max(counts.values()) > 1.01 * min(counts.values()):
+        raise AssertionError(f"the networks differ in size: {counts}")
+    return contenders

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import io
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from registry import perturb
+
+import pyro_realnvp as rn
+
+
+def make_flow(dim=2, **kwargs):
+    return rn.Flow(perturb(rn.real_nvp(dim, num_couplings=4, hidden_dims=(8,), **kwargs)))
+
+
+def test_agrees_with_transformed_distribution():
+    flow, x = make_flow(), torch.randn(7, 2)
+    d = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [flow.bijection])
+    torch.testing.assert_close(flow().log_prob(x), d.log_prob(x))
+    y, log_prob = flow().rsample_and_log_prob((5,))
+    torch.testing.assert_close(log_prob, d.log_prob(y.detach()))
+    log_prob.sum().backward()
+    assert all(p.grad is not None for p in flow.parameters())
+
+
+def test_shapes():
+    flow = make_flow(context_dim=3)
+    d = flow(torch.randn(4, 3))
+    assert (d.batch_shape, d.event_shape, d.event_dim) == ((4,), (2,), 1)
+    assert d.has_rsample
+    assert d.support.check(torch.zeros(4, 2)).all()
+    assert d.expand((5, 4)).sample((6,)).shape == (6, 5, 4, 2)
+    assert d.log_prob(torch.zeros(6, 1, 2)).shape == (6, 4)
+    y, log_prob = d.rsample_and_log_prob((6,))
+    assert (y.shape, log_prob.shape) == ((6, 4, 2), (6, 4))
+
+
+def test_in_a_model_with_plates():
+    flow = make_flow()
+
+    def model():
+        pyro.module("flow", flow)
+        with pyro.plate("data", 5):
+            return pyro.sample("z", flow())
+
+    trace = pyro.poutine.trace(model).get_trace()
+    assert trace.nodes["z"]["value"].shape == (5, 2)
+    assert trace.nodes["z"]["fn"].batch_shape == (5,)
+    trace.compute_log_prob()
+    assert trace.nodes["z"]["log_prob"].shape == (5,)
+    assert "flow$$$bijection.parts.0.conditioner.first.weight" in dict(pyro.get_param_store().named_parameters())
+
+
+def test_as_a_prior_under_autonormal_and_nuts():
+    flow = make_flow()
+
+    def model():
+        z = pyro.sample("z", flow())
+        pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=torch.ones(2))
+
+    svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(torch.tensor(svi.step()).isfinite() for _ in range(3))
+    flow.requires_grad_(False)
+    mcmc = MCMC(NUTS(model), num_samples=5, warmup_steps=5, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.get_samples()["z"].shape == (5, 2)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_base_moves_saves_and_learns(learnable):
+    base = rn.Base(dist.Normal, loc=torch.ones(2), scale=torch.full((2,), 2.0), learnable=learnable)
+    flow, x = rn.Flow(rn.real_nvp(2), base=base), torch.randn(5, 2)
+    torch.testing.assert_close(flow().log_prob(x), dist.Normal(1.0, 2.0).expand([2]).to_event(1).log_prob(x))
+    assert flow.double()().sample().dtype == torch.float64
+    assert flow.to("meta").base().base_dist.loc.device.type == "meta"
+    assert ("base.scale" in dict(flow.named_parameters())) == learnable
+    assert "base.scale" in flow.state_dict()
+
+
+def test_base_of_any_callable():
+    flow = rn.Flow(rn.real_nvp(2), base=lambda: dist.Laplace(torch.zeros(2), 1.0).to_event(1))
+    assert flow().log_prob(torch.zeros(2)).item() == pytest.approx(-2 * torch.tensor(2.0).log().item())
+
+
+def test_saves_loads_and_copies():
+    flow, x = make_flow(), torch.randn(5, 2)
+    expected = flow().log_prob(x)
+    buffer = io.BytesIO()
+    torch.save(flow.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = make_flow()
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    for clone in (fresh, copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        torch.testing.assert_close(clone().log_prob(x), expected, rtol=0, atol=0)
+
+
+def test_compiles_with_inductor():
+    """Elsewhere the suite compiles without code generation; this is the whole way, with a second batch size."""
+    flow, x = make_flow(), torch.randn(16, 2)
+    score = torch.compile(lambda x: flow().log_prob(x), fullgraph=True)
+    torch.testing.assert_close(score(x), flow().log_prob(x))
+    score(x).sum().backward()
+    torch.testing.assert_close(score(x[:7]), flow().log_prob(x[:7]))
+    assert torch.compile(lambda: flow().sample((5,)), fullgraph=True)().shape == (5, 2)
+
+
+def test_values_outside_the_support_are_refused_where_pyro_validates():
+    with pyro.validation_enabled(), pytest.raises(ValueError, match="support"):
+        make_flow()().log_prob(torch.full((5, 2), torch.nan))
+
+
+def test_an_elementwise_bijection_with_an_event_shape():
+    flow = rn.Flow(rn.Compose([dist.transforms.AffineTransform(1.0, 2.0)]), event_shape=(3,))
+    y, log_prob = flow().rsample_and_log_prob((5,))
+    expected = dist.Normal(1.0, 2.0).expand([3]).to_event(1).log_prob(y)
+    torch.testing.assert_close(log_prob, expected)
+    torch.testing.assert_close(flow().log_prob(y), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: rn.Flow(dist.transforms.Spline(2)), TypeError, "expected a Bijection.*Compose"),
+        (lambda: rn.Flow(rn.Compose([dist.transforms.Householder(2)])), ValueError, "pass event_shape="),
+        (lambda: rn.Flow(rn.real_nvp(2), event_shape=(3,)), ValueError, r"expected event shape \(2,\)"),
+        (lambda: rn.Flow(rn.real_nvp(2), base=lambda: dist.Normal(torch.zeros(2), 1.0)), ValueError, "to_event"),
+        (lambda: make_flow()(torch.zeros(3)), ValueError, "takes no context"),
+        (lambda: make_flow(context_dim=3)(), ValueError, "width 3; got none"),
+        (lambda: make_flow(context_dim=3)(torch.zeros(4, 2)), ValueError, r"\(..., 3\); got shape \(4, 2\)"),
+        (lambda: make_flow()().log_prob(torch.zeros(5, 3)), ValueError, "event.shape"),
+        (lambda: make_flow()().log_prob(torch.zeros(5, 2).double()), TypeError, "parameters of torch.float32"),
+        (lambda: make_flow()(temperature=0.0), ValueError, "temperature > 0"),
+        (lambda: rn.Base(dist.Normal, loc=0.0, scale=1.0), TypeError, "torch.tensor"),
+        (lambda: rn.Base(dist.Normal, loc=torch.zeros(2), scale=-torch.ones(2)), ValueError, "scale"),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

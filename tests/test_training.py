@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_realnvp as rn
+
+
+def make_flow(**kwargs):
+    return rn.Flow(rn.real_nvp(2, num_couplings=4, hidden_dims=(16,), **kwargs))
+
+
+def run(flow, x, **kwargs):
+    return rn.fit(flow, x, **{"num_steps": 60, "validate_every": 20, "seed": 0, "progress": False} | kwargs)
+
+
+def weights(flow):
+    return torch.cat([p.detach().flatten() for p in flow.parameters()])
+
+
+@pytest.fixture
+def x():
+    return 0.5 * torch.randn(400, 2) + 1
+
+
+def test_learns_and_keeps_the_best(x):
+    flow = make_flow()
+    history = run(flow, x, num_steps=200)
+    assert history.stopped == "finished"
+    assert len(history.loss) == 200
+    assert history.validation_steps == list(range(20, 201, 20))
+    assert history.best_loss == min(history.validation_loss) < 1.8  # a perfect fit scores 1.45
+    assert history.validation_steps[history.validation_loss.index(history.best_loss)] == history.best_step
+    assert history.skipped_steps == history.restores == 0
+
+
+def test_the_weights_that_stay_are_the_best_seen(x):
+    """Validation on data that training moves away from: the first validation is the best one."""
+    flow, elsewhere = make_flow(), -x
+    history = run(flow, x, validation=elsewhere, averaging=0.0)
+    assert history.best_step == 20
+    with torch.no_grad():
+        assert -flow().log_prob(elsewhere).mean().item() == pytest.approx(history.best_loss, abs=1e-5)
+
+
+def test_stops_early(x):
+    history = run(make_flow(), x, validation=-x, patience=20, num_steps=500)
+    assert history.stopped == "early"
+    assert len(history.loss) == 40
+    assert len(run(make_flow(), x, validation=-x, patience=None).loss) == 60
+
+
+def test_is_reproducible(x):
+    def once(seed=None):
+        torch.manual_seed(1)
+        flow = make_flow()
+        history = run(flow, x, seed=seed)
+        return weights(flow), history.loss
+
+    for seed in (None, 3):
+        (first, losses), (second, again) = once(seed), once(seed)
+        assert torch.equal(first, second)
+        assert losses == again
+    assert not torch.equal(once(3)[0], once(4)[0])
+
+
+def test_goes_on_from_where_it_is(x):
+    flow = make_flow()
+    run(flow, x, num_steps=200)
+    with torch.no_grad():
+        before = -flow().log_prob(x).mean().item()
+    history = run(flow, x, num_steps=1, lr=1e-6)
+    assert history.loss[0] == pytest.approx(before, abs=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_takes_arrays_tensors_and_loaders(x, dtype):
+    c = torch.randn(400, 3)
+    for data, context in (
+        (x.to(dtype), c.to(dtype)),
+        (x.numpy().astype(np.float64), c.numpy()),
+        (DataLoader(TensorDataset(x.to(dtype), c.to(dtype)), batch_size=64), None),
+    ):
+        flow = make_flow(context_dim=3).to(dtype)
+        history = run(flow, data, context=context)
+        assert len(history.loss) == 60
+        assert flow(c[0].to(dtype)).sample().dtype == dtype
+    flow = make_flow().to(dtype)
+    loader = DataLoader(x.to(dtype), batch_size=50)
+    history = run(flow, loader, validation=DataLoader(x.to(dtype), batch_size=100))
+    with torch.no_grad():
+        assert -flow().log_prob(x.to(dtype)).mean().item() == pytest.approx(history.best_loss, abs=1e-5)
+
+
+def test_without_validation(x):
+    flow = make_flow()
+    history = run(flow, x, validation=0, batch_size=len(x))
+    assert history.best_step == 60
+    assert history.best_loss == pytest.approx(np.mean(history.loss[-20:]))
+
+
+def test_other_modules_that_return_distributions(x):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self):
+            return torch.distributions.Independent(torch.distributions.Normal(self.loc, 0.5), 1)
+
+    model = Model()
+    run(model, x, num_steps=300, lr=0.1)
+    torch.testing.assert_close(model.loc.detach(), torch.ones(2), atol=0.1, rtol=0)
+
+
+class Exploding(rn.Flow):
+    """Returns a loss that is not finite in some steps."""
+
+    def __init__(self, bad_steps):
+        super().__init__(rn.real_nvp(2, num_couplings=4, hidden_dims=(16,)))
+        self.bad_steps, self.calls = bad_steps, 0
+
+    def forward(self, context=None):
+        distribution = super().forward(context)
+        if self.training:
+            self.calls += 1
+            if self.calls in self.bad_steps:
+                log_prob = distribution.log_prob
+                distribution.log_prob = lambda value: log_prob(value) * torch.inf
+        return distribution
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(x):
+    flow = Exploding({5, 6, 30})
+    with pytest.warns(RuntimeWarning, match="3 of 60 steps"):
+        history = run(flow, x)
+    assert history.skipped_steps == 3
+    assert [math.isnan(loss) for loss in history.loss].count(True) == 3
+    assert weights(flow).isfinite().all()
+    assert history.best_loss < 2.6
+
+
+def test_repeated_skips_restore_the_best_weights(x):
+    flow = Exploding(set(range(30, 40)))
+    with pytest.warns(RuntimeWarning, match="restored 1 times"):
+        history = run(flow, x)
+    assert (history.restores, history.stopped) == (1, "finished")
+    flow = Exploding(set(range(30, 10_000)))
+    with pytest.warns(RuntimeWarning, match="restored 3 times"):
+        history = run(flow, x, num_steps=500)
+    assert history.stopped == "diverged"
+    assert history.best_step == 20
+    assert weights(flow).isfinite().all()
+
+
+class Interrupting(rn.Flow):
+    def forward(self, context=None):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == self.stop_at:
+            raise self.error
+        return super().forward(context)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_an_interrupt_loses_nothing(x, error):
+    flow = Interrupting(rn.real_nvp(2, num_couplings=4, hidden_dims=(16,)))
+    flow.stop_at, flow.error = 55, error
+    if isinstance(error, KeyboardInterrupt):
+        history = run(flow, x)
+        assert history.stopped == "interrupted"
+        assert history.validation_steps == [20, 40, 53]  # what came after the last validation is validated too
+    else:
+        with pytest.raises(MemoryError):
+            run(flow, x)
+    with torch.no_grad():
+        assert -flow().log_prob(x).mean() < 2.6
+
+
+def test_the_mode_of_the_flow_is_given_back(x):
+    for mode in (True, False):
+        flow = make_flow(between=lambda dim: rn.BatchNorm(dim).inv).train(mode)
+        run(flow, x)
+        assert flow.training is mode
+
+
+def test_normalisation_layers_end_where_the_best_weights_were(x):
+    flow = make_flow(between=lambda dim: rn.BatchNorm(dim).inv)
+    history = run(flow, x, validation=x)
+    with torch.no_grad():
+        assert -flow.eval()().log_prob(x).mean().item() == pytest.approx(history.best_loss, abs=1e-5)
+
+
+def test_the_bar_shows_the_losses(x, capsys):
+    run(make_flow(), x, progress=True)
+    shown = capsys.readouterr().err
+    assert "60/60" in shown
+    assert "best=" in shown
+    assert "loss=" in shown
+
+
+@pytest.mark.parametrize(
+    ("data", "kwargs", "error", "message"),
+    [
+        (torch.randn(100, 3), {}, ValueError, r"x of shape \(N, 2\); got \(100, 3\)"),
+        (torch.randn(2), {}, ValueError, r"x of shape \(N, 2\)"),
+        (torch.zeros(100, 2, dtype=torch.int64), {}, TypeError, "torch.float32; got torch.int64"),
+        (torch.randn(100, 2).half(), {}, TypeError, "torch.float32; got torch.float16"),
+        (torch.randn(100, 2).double(), {}, TypeError, "torch.float32; got torch.float64"),
+        (np.zeros((100, 2), dtype=int), {}, TypeError, "an array of int64"),
+        ([[0.0, 1.0]], {}, TypeError, "got list"),
+        (torch.randn(100, 2, device="meta"), {}, ValueError, "x on meta"),
+        (torch.full((100, 2), torch.nan), {}, ValueError, "nan or inf in 100 of 100 rows of x"),
+        (torch.tensor([[0.0, torch.inf]] + 99 * [[0.0, 1.0]]), {}, ValueError, "in 1 of 100 rows"),
+        (torch.tensor([[1.0, 2.0], [1.0, 3.0]] * 20), {}, ValueError, r"columns \[0\] of x are constant"),
+        (torch.randn(0, 2), {}, ValueError, "at least two rows of x; got 0"),
+        (torch.randn(1, 2), {}, ValueError, "at least two rows of x; got 1"),
+        (torch.randn(100, 2), {"batch_size": 200}, ValueError, "batch_size from 1 to 90"),
+        (torch.randn(100, 2), {"batch_size": 0}, ValueError, "batch_size from 1"),
+        (torch.randn(5, 2), {}, ValueError, "holds out 0"),
+        (torch.randn(100, 2), {"validation": 0.99}, ValueError, "trains on 1"),
+        (torch.randn(100, 2), {"validation": torch.randn(10, 3)}, ValueError, r"x of shape \(N, 2\); got \(10, 3\)"),
+        (torch.randn(100, 2), {"context": torch.randn(100, 3)}, ValueError, "takes no context"),
+        (torch.randn(100, 2), {"context": torch.randn(50, 3)}, ValueError, "for each of the 100 rows"),
+        (
+            DataLoader(torch.randn(3, 2), batch_size=8, drop_last=True),
+            {},
+            ValueError,
+            "got none: is its dataset smaller",
+        ),
+        (DataLoader(TensorDataset(*3 * [torch.randn(9, 2)])), {}, ValueError, "batches of 3 tensors"),
+        (torch.randn(100, 2), {"num_steps": 0}, ValueError, "num_steps"),
+    ],
+)
+def test_bad_input(data, kwargs, error, message):
+    flow = make_flow()
+    before = weights(flow)
+    with pytest.raises(error, match=message):
+        run(flow, data, **kwargs)
+    assert torch.equal(weights(flow), before)
+
+
+def test_a_conditional_flow_needs_its_context(x):
+    with pytest.raises(ValueError, match="width 3; got none"):
+        run(make_flow(context_dim=3), x)
+
+
+def test_nothing_to_fit(x):
+    with pytest.raises(ValueError, match="nothing to fit"):
+        run(make_flow().requires_grad_(False), x)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong elsewhere, and must not go wrong here. Each trap was found in a library in use."""
+
+import copy
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pyro.distributions.transforms as T
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormalizingFlow
+from torch import nn
+
+import pyro_realnvp as rn
+from pyro_realnvp import masks
+
+rand_flow = partial(rn.real_nvp, num_couplings=4, hidden_dims=(16,))
+
+
+def trained_like(flow, scale=0.2):
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return flow
+
+
+def standard(dim, dtype=torch.float32):
+    return dist.Normal(torch.zeros(dim, dtype=dtype), 1.0).to_event(1)
+
+
+def narrow_model():
+    pyro.sample("z", dist.Normal(5.0, 0.1).expand([4]).to_event(1))
+
+
+def test_a_flow_guide_moves_every_coordinate():
+    guide = AutoNormalizingFlow(narrow_model, partial(rn.real_nvp, num_couplings=4))
+    svi = SVI(
+        narrow_model,
+        guide,
+        pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.998}),
+        Trace_ELBO(num_particles=16, vectorize_particles=True),
+    )
+    for _ in range(800):
+        svi.step()
+    z = Predictive(narrow_model, guide=guide, num_samples=4000)()["z"].squeeze(1)
+    torch.testing.assert_close(z.mean(0), torch.full((4,), 5.0), rtol=0.02, atol=0)
+    torch.testing.assert_close(z.std(0), torch.full((4,), 0.1), rtol=0.15, atol=0)
+
+
+def test_a_stack_that_never_changes_an_entry_is_refused():
+    def coupling(mask):
+        return rn.AffineCoupling(mask, rn.MLP(mask.num_kept, 2 * mask.num_changed))
+
+    with pytest.raises(ValueError, match=r"never changes entries \[0, 1\]"):
+        rn.Compose([coupling(masks.half(4)) for _ in range(4)])
+    with pytest.raises(ValueError, match=r"never changes entries \[0, 1\]"):
+        rn.real_nvp(4, mask_cycle=[masks.half(4)])
+    with pytest.raises(ValueError, match=r"never changes entries \[0, 1\]"):
+        rn.Compose([coupling(masks.half(4)), rn.ActNorm(4).inv, coupling(masks.half(4)).inv])
+    shared = coupling(masks.half(4))
+    with pytest.raises(ValueError, match="never changes"):
+        rn.Compose([shared, shared])
+    rn.Compose([coupling(masks.half(4)), rn.Permute(torch.tensor([2, 3, 0, 1])), coupling(masks.half(4))])
+    rn.Compose([coupling(masks.half(4)), rn.Permute(torch.tensor([2, 3, 0, 1])).inv, coupling(masks.half(4))])
+    rn.Compose([coupling(masks.half(4)), rn.ActNorm(4)])  # one coupling is a part of something
+
+
+def test_scoring_after_an_edit_is_not_stale():
+    flow, x = trained_like(rand_flow(3)), torch.randn(5, 3)
+    d = dist.TransformedDistribution(standard(3), [flow])
+    before = d.log_prob(x)
+    with torch.no_grad():
+        flow.parts[0].conditioner.last.bias.add_(0.5)
+    assert not torch.equal(d.log_prob(x), before)
+
+
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.Adam, fused=True), torch.optim.SGD])
+def test_a_kept_sample_is_rescored_after_training(optimizer):
+    """Fused optimizers do not raise the version of what they write."""
+    flow, x = trained_like(rand_flow(3)), torch.randn(5, 3)
+    d = dist.TransformedDistribution(standard(3), [flow])
+    opt = optimizer(flow.parameters(), lr=0.1)
+    with torch.no_grad():
+        sample = d.sample((7,))
+        latent = flow.inv(x)
+        before = d.log_prob(sample)
+    d.log_prob(x).mean().backward()
+    opt.step()
+    with torch.no_grad():
+        assert not torch.equal(d.log_prob(sample), before)
+        torch.testing.assert_close(d.log_prob(sample), d.log_prob(sample.clone()))
+        assert not torch.equal(flow.inv(x), latent)
+
+
+def test_full_batch_training_on_one_tensor():
+    flow, x = rand_flow(3), torch.randn(50, 3) * 0.3
+    d = dist.TransformedDistribution(standard(3), [flow])
+    opt = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        opt.zero_grad()
+        loss = -d.log_prob(x).mean()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_scoring_under_no_grad_before_training():
+    flow, x = trained_like(rand_flow(3)), torch.randn(5, 3)
+    d = dist.TransformedDistribution(standard(3), [flow])
+    with torch.no_grad():
+        z = d.log_prob(x), flow.inv(x)
+    d.log_prob(x).sum().backward()
+    assert all(p.grad is not None for p in flow.parameters())
+    assert len(z) == 2
+
+
+def test_permutations_and_masks_are_part_of_the_state():
+    def make():
+        couplings = [rn.AffineCoupling(masks.random(6), rn.MLP(3, 6)) for _ in range(2)]
+        return rn.Compose(
+            [couplings[0], T.permute(6), rn.Permute(torch.randperm(6)), couplings[1], rn.InvertibleLinear(6)]
+        )
+
+    torch.manual_seed(1)
+    saved, x = trained_like(make()), torch.randn(5, 6)
+    torch.manual_seed(2)
+    fresh = make()
+    assert not torch.allclose(fresh(x), saved(x))
+    fresh.load_state_dict(saved.state_dict())
+    torch.testing.assert_close(fresh(x), saved(x), rtol=0, atol=0)
+    torch.testing.assert_close(fresh.inv(x), saved.inv(x), rtol=0, atol=0)
+    assert all(b.device.type == "meta" for b in fresh.to("meta").buffers())
+
+
+def test_copies_after_use_with_a_foreign_part():
+    flow, x = rn.Compose([rand_flow(2), T.Spline(2), T.AffineTransform(1.0, 2.0)]), torch.randn(5, 2)
+    flow(x), flow.inv(x), dist.TransformedDistribution(standard(2), [flow]).log_prob(x)
+    torch.testing.assert_close(copy.deepcopy(flow)(x), flow(x))
+
+
+def test_a_foreign_part_is_not_stale():
+    flow, x = rn.Compose([rand_flow(2), T.Spline(2)]), torch.randn(5, 2)
+    d = dist.TransformedDistribution(standard(2), [flow])
+    for _ in range(3):
+        d.log_prob(x).sum().backward()
+    before = d.log_prob(x)
+    with torch.no_grad():
+        flow.parts[1].transform.unnormalized_heights.add_(torch.randn(2, 8))
+    assert not torch.equal(d.log_prob(x), before)
+
+
+def test_a_log_scale_beyond_the_bound_comes_back():
+    """A hard clip that passes gradients lets the raw value run away behind it; a dead one never returns."""
+    mask = masks.half(2)
+    f = rn.AffineCoupling(mask, rn.MLP(1, 2, hidden_dims=(8,)))
+    opt = torch.optim.Adam(f.parameters(), lr=1e-2)
+
+    def steps_until(scale, reached, limit):
+        x = torch.randn(256, 2) * torch.tensor([1.0, scale])
+        for step in range(limit):
+            latent, ladj = f.inverse_and_ladj(x)
+            if reached(f._log_scale_and_shift(x[:, :1], None)[0].mean().item()):
+                return step
+            opt.zero_grad()
+            (0.5 * latent.square().sum(-1) - ladj).mean().backward()
+            opt.step()
+        return limit
+
+    steps_until(1e-6, lambda s: False, 3000)  # the best log-scale, -13.8, lies far beyond the bound of 3
+    assert f._log_scale_and_shift(torch.zeros(1, 1), None)[0].item() < -2.5
+    assert steps_until(1.0, lambda s: abs(s) < 0.1, 3000) < 3000
+
+
+def test_float32_round_trip_of_a_deep_flow():
+    """At birth and when trained: 32 couplings, D = 20, inputs of deviation 10."""
+    x = 10 * torch.randn(1000, 20)
+    flow = rn.real_nvp(20, num_couplings=32)
+    assert torch.equal(flow.inv(flow(x).clone()), x)
+    trained_like(flow, 0.05)
+    for there in (flow, flow.inv):
+        y = there(x)
+        assert (y - x).abs().max() > 1
+        assert ((there.inv(y.clone()) - x).abs() / x.abs().clamp(min=1)).max() < 1e-3
+
+
+@pytest.mark.parametrize("batch_shape", [(3,), (2, 3), ()])
+def test_conditional_flows_have_the_batch_shape_of_their_context(batch_shape):
+    flow = trained_like(rand_flow(2, context_dim=4))
+    d = dist.ConditionalTransformedDistribution(standard(2), [flow]).condition(torch.randn(*batch_shape, 4))
+    assert d.batch_shape == batch_shape
+    assert d.sample().shape == (*batch_shape, 2)
+    assert d.sample((5,)).shape == (5, *batch_shape, 2)
+    assert d.log_prob(torch.zeros(2)).shape == batch_shape
+    assert d.log_prob(torch.zeros(*batch_shape, 2)).shape == batch_shape
+    assert d.log_prob(torch.zeros(7, *(1 for _ in batch_shape), 2)).shape == (7, *batch_shape)
+
+
+def test_conditional_flows_train_their_parameters_and_their_encoder():
+    encoder, flow = nn.Linear(6, 4), trained_like(rand_flow(2, context_dim=4))
+    d = dist.ConditionalTransformedDistribution(standard(2), [flow]).condition(encoder(torch.randn(3, 6)))
+    d.log_prob(torch.randn(3, 2)).sum().backward()
+    assert all(p.grad is not None for p in (*encoder.parameters(), *flow.parameters()))
+    assert copy.deepcopy(d.transforms[0])(torch.zeros(3, 2)).shape == (3, 2)
+
+
+def test_modules_keep_working_in_torchs_wrappers():
+    flow, x = trained_like(rand_flow(3)), torch.randn(4, 3)
+    assert len(list(flow.inv.parameters())) == len(list(flow.parameters())) > 0
+    assert flow.with_cache(0) is flow
+    independent = torch.distributions.IndependentTransform(flow, 1)
+    assert independent.log_abs_det_jacobian(x, flow(x)).shape == ()
+    mapped = torch.vmap(flow)(x)
+    torch.testing.assert_close(flow(x), mapped)
+    flow.inv(x).sum().backward()
+
+
+class TestNormalisationIsNotConsumedByAccident:
+    def flow(self):
+        return rn.Flow(rand_flow(3, between=lambda dim: rn.ActNorm(dim).inv))
+
+    def norms(self, flow):
+        return [m for m in flow.modules() if isinstance(m, rn.ActNorm)]
+
+    def test_only_a_training_pass_over_data_initialises(self):
+        flow, x = self.flow(), torch.randn(50, 3) * 2 + 5
+        flow().sample((10,)), flow().rsample((10,))  # sampling
+        with torch.no_grad():
+            flow().log_prob(x)  # scoring
+        flow.eval()
+        flow().log_prob(x)
+        flow.train()
+        flow().log_prob(x[:1])  # a single row
+        assert not any(norm.initialized for norm in self.norms(flow))
+        flow().log_prob(x)
+        assert all(norm.initialized for norm in self.norms(flow))
+
+    def test_the_flag_is_saved(self):
+        flow, x = self.flow(), torch.randn(50, 3) * 2 + 5
+        flow().log_prob(x)
+        fresh = self.flow()
+        fresh.load_state_dict(flow.state_dict())
+        before = fresh().log_prob(x)
+        fresh().log_prob(10 * x)  # a training pass would initialise again
+        torch.testing.assert_close(fresh().log_prob(x), before, rtol=0, atol=0)
+
+    def test_single_rows_and_constant_columns_leave_finite_values(self):
+        for make in (rn.ActNorm, rn.BatchNorm):
+            f = make(3)
+            for x in (torch.randn(1, 3), torch.randn(3), torch.ones(10, 3)):
+                y, ladj = f.forward_and_ladj(x)
+                assert y.isfinite().all()
+                assert ladj.isfinite().all()
+
+    def test_scoring_does_not_move_the_statistics(self):
+        f, x = rn.BatchNorm(3), torch.randn(50, 3) + 5
+        with torch.no_grad():
+            f(x)
+        f.eval()
+        f(x)
+        f.train()
+        f.inv(x)
+        assert torch.equal(f.mean, torch.zeros(3))
+        f(x)
+        assert (f.mean > 0.3).all()
+        mean = f.mean.clone()
+        f(torch.full((5, 3), torch.nan))
+        assert torch.equal(f.mean, mean)
