@@ -28,6 +28,7 @@ class MLP(nn.Module):
             or of the wrong width.
 
     Example:
+        >>> import torch
         >>> MLP(3, 4, hidden_dims=(16, 16), context_dim=2)(torch.ones(5, 3), torch.ones(2)).shape
         torch.Size([5, 4])
     """

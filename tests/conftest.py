@@ -18,5 +18,6 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    pyro.enable_validation(True)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)

@@ -39,10 +39,10 @@ def test_a_flow_guide_moves_every_coordinate():
     svi = SVI(
         narrow_model,
         guide,
-        pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.998}),
+        pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.996}),
         Trace_ELBO(num_particles=16, vectorize_particles=True),
     )
-    for _ in range(800):
+    for _ in range(500):
         svi.step()
     z = Predictive(narrow_model, guide=guide, num_samples=4000)()["z"].squeeze(1)
     torch.testing.assert_close(z.mean(0), torch.full((4,), 5.0), rtol=0.02, atol=0)
