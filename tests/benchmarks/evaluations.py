@@ -24,88 +24,90 @@ DIM, NUM_LAYERS = 4, 4
 
 
 class Counter:
-    """Counts the calls of all conditioners of a module, hooked as they are."""
+    """Counts the calls of all conditioners of a module."""
 
-    def __init__(self, *modules: nn.Module):
+    def __init__(self, module: nn.Module):
         self.count = 0
-        for module in modules:
-            for m in module.modules():
-                if isinstance(m, (MLP, DenseNN)):
-                    m.register_forward_hook(self._add)
+        for m in module.modules():
+            if isinstance(m, (MLP, DenseNN)):
+                m.register_forward_hook(self._add)
 
     def _add(self, *_) -> None:
         self.count += 1
 
-    def per_layer(self, call: Callable[[], object]) -> str:
+    def per_layer(self, call: Callable[[], object]) -> float:
         before = self.count
         call()
-        return f"{(self.count - before) / NUM_LAYERS:g}"
+        return (self.count - before) / NUM_LAYERS
 
 
-def our_stack(dim: int = DIM) -> Transform:
+def ours(dim: int = DIM) -> Transform:
     return real_nvp(dim, num_couplings=NUM_LAYERS)
 
 
-def pyro_stack(dim: int = DIM) -> Transform:
-    return T.ComposeTransformModule(pyro_transforms(Setting(dim, 0, NUM_LAYERS, 32)))
+def theirs(dim: int = DIM) -> Transform:
+    return T.ComposeTransformModule(pyro_transforms(Setting(dim, 0, NUM_LAYERS, (32, 32))))
 
 
-def of_a_distribution(transforms: list[Transform], modules: list[nn.Module]) -> tuple[str, str]:
-    """Of log_prob(data), and of rsample followed by log_prob of that sample."""
+def of_a_distribution(transforms: list[Transform], module: nn.Module) -> list[float]:
+    """Of log_prob(data), of rsample and log_prob of that sample, and of log_prob(data) before and after training."""
     d = dist.TransformedDistribution(standard_normal(DIM), transforms)
-    counter = Counter(*modules)
-    return counter.per_layer(lambda: d.log_prob(torch.randn(5, DIM))), counter.per_layer(
-        lambda: d.log_prob(d.rsample((5,)))
-    )
+    counter = Counter(module)
+    x = torch.randn(5, DIM)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+    def score_train_score() -> None:
+        d.log_prob(x).sum().backward()
+        optimizer.step()
+        d.log_prob(x)
+
+    calls = [lambda: d.log_prob(torch.randn(5, DIM)), lambda: d.log_prob(d.rsample((5,))), score_train_score]
+    return [counter.per_layer(call) for call in calls]
 
 
-def of_a_guide(init_transform: Callable[[int], Transform]) -> tuple[str, str]:
+def of_a_guide(make_transform: Callable[[int], Transform]) -> list[float]:
     """Of one SVI step of AutoNormalizingFlow, and of one potential energy with its gradient under NeuTra."""
 
     def model() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))
 
     pyro.clear_param_store()
-    guide = AutoNormalizingFlow(model, init_transform)
+    guide = AutoNormalizingFlow(model, make_transform)
     guide()  # makes the transform
     counter = Counter(guide.transform)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     step = counter.per_layer(svi.step)
     parameters, potential, *_ = initialize_model(NeuTraReparam(guide).reparam(model))
     parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    return step, counter.per_layer(lambda: potential(parameters).backward())
+    return [step, counter.per_layer(lambda: potential(parameters).backward())]
 
 
 def main() -> None:
     torch.manual_seed(0)
-    rows = {}
-    f, t = our_stack(), pyro_transforms(Setting(DIM, 0, NUM_LAYERS, 32))
-    nets = [part for part in t if isinstance(part, nn.Module)]
-    rows["log_prob"], rows["rsample, then log_prob"] = zip(of_a_distribution([f], [f]), of_a_distribution(t, nets))
+    rows: list[list[object]] = []
 
-    f, t = our_stack(), pyro_transforms(Setting(DIM, 0, NUM_LAYERS, 32))
-    nets = [part for part in t if isinstance(part, nn.Module)]
-    rows[".inv: log_prob"], rows[".inv: rsample, then log_prob"] = zip(
-        of_a_distribution([f.inv], [f]), of_a_distribution([part.inv for part in reversed(t)], nets)
-    )
+    def add(names: list[str], targets: list[int], own: list[float], other: list[float] | None = None) -> None:
+        for k, (name, target, count) in enumerate(zip(names, targets, own)):
+            met = "ok" if count == target else "NOT MET"
+            rows.append([name, f"{count:g}", target, met, f"{other[k]:g}" if other else ""])
 
-    f, t = our_stack(), pyro_stack()
-    composed, theirs = Compose([f, Permute(torch.randperm(DIM))]), T.ComposeTransformModule([t, T.permute(DIM)])
-    rows["Compose: log_prob"], rows["Compose: rsample, then log_prob"] = zip(
-        of_a_distribution([composed], [composed]), of_a_distribution([theirs], [t])
-    )
+    names, targets = ["log_prob", "rsample, log_prob", "log_prob, optimizer step, same log_prob"], [1, 1, 2]
+    f, t = ours(), theirs()
+    add(names, targets, of_a_distribution([f], f), of_a_distribution(t.parts, t))
 
-    flow = Flow(our_stack())
-    counter = Counter(flow)
-    rows["Flow: log_prob"] = counter.per_layer(lambda: flow().log_prob(torch.randn(5, DIM))), ""
-    rows["Flow: rsample_and_log_prob"] = counter.per_layer(lambda: flow().rsample_and_log_prob((5,))), ""
+    f, t = ours(), theirs()
+    inverse = [part.inv for part in reversed(t.parts)]
+    add([f".inv: {name}" for name in names], targets, of_a_distribution([f.inv], f), of_a_distribution(inverse, t))
 
-    rows["AutoNormalizingFlow: SVI step"], rows["NeuTra: potential energy and gradient"] = zip(
-        of_a_guide(our_stack), of_a_guide(pyro_stack)
-    )
-    cells = [[name, own, "1", "ok" if own == "1" else "NOT MET", theirs] for name, (own, theirs) in rows.items()]
-    print_table(
-        f"conditioner evaluations per layer ({NUM_LAYERS} layers)",
-        ["", "ours", "target", "", "Pyro's affine_coupling"],
-        cells,
-    )
+    f, t = Compose([ours(), Permute(torch.randperm(DIM))]), T.ComposeTransformModule([theirs(), T.permute(DIM)])
+    add([f"Compose: {name}" for name in names], targets, of_a_distribution([f], f), of_a_distribution([t], t))
+
+    flow = Flow(ours())
+    calls = [lambda: flow().log_prob(torch.randn(5, DIM)), lambda: flow().rsample_and_log_prob((5,))]
+    add(["Flow: log_prob", "Flow: rsample_and_log_prob"], [1, 1], list(map(Counter(flow).per_layer, calls)))
+
+    names = ["AutoNormalizingFlow: SVI step", "NeuTra: potential energy, gradient"]
+    add(names, [1, 1], of_a_guide(ours), of_a_guide(theirs))
+
+    header = ["", "ours", "right (fewer: stale)", "", "Pyro's affine_coupling"]
+    print_table(f"conditioner evaluations per layer, {NUM_LAYERS} layers", header, rows)

@@ -27,15 +27,16 @@ from pyro_realnvp import Flow, masks, real_nvp
 
 
 class Setting(NamedTuple):
-    """An even number of couplings on an even number of dimensions, with two hidden layers each."""
+    """An even number of couplings on an even number of dimensions."""
 
     dim: int
     batch: int
     num_couplings: int
-    hidden: int
+    hidden_dims: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"D {self.dim}, batch {self.batch}, {self.num_couplings} layers, 2x{self.hidden}"
+        hidden = "-".join(map(str, self.hidden_dims))
+        return f"D {self.dim}, batch {self.batch}, {self.num_couplings} layers, hidden {hidden}"
 
 
 @dataclass
@@ -54,8 +55,11 @@ class Contender:
 
 
 def network(setting: Setting, num_in: int, num_out: int) -> nn.Sequential:
-    h = setting.hidden
-    return nn.Sequential(nn.Linear(num_in, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, num_out))
+    layers = []
+    for width in setting.hidden_dims:
+        layers += [nn.Linear(num_in, width), nn.ReLU()]
+        num_in = width
+    return nn.Sequential(*layers, nn.Linear(num_in, num_out))
 
 
 def half_masks(setting: Setting) -> list[Tensor]:
@@ -68,7 +72,7 @@ def our_flow(setting: Setting) -> Flow:
         real_nvp(
             setting.dim,
             num_couplings=setting.num_couplings,
-            hidden_dims=(setting.hidden, setting.hidden),
+            hidden_dims=setting.hidden_dims,
             activation=nn.ReLU,
             mask_cycle=[masks.half(setting.dim, 0), masks.half(setting.dim, 1)],
         )
@@ -98,7 +102,7 @@ def pyro_transforms(setting: Setting) -> list[Transform]:
     half, flip = setting.dim // 2, torch.arange(setting.dim).flip(0)
     transforms = []
     for k in range(setting.num_couplings):
-        net = DenseNN(half, [setting.hidden] * 2, [setting.dim - half] * 2, nonlinearity=nn.ReLU())
+        net = DenseNN(half, list(setting.hidden_dims), [setting.dim - half] * 2, nonlinearity=nn.ReLU())
         transforms += [T.AffineCoupling(half, net)] if k == 0 else [T.Permute(flip), T.AffineCoupling(half, net)]
     return transforms
 
@@ -116,7 +120,7 @@ def pyro_coupling(setting: Setting) -> Contender:
 
 
 def zuko_nvp(setting: Setting) -> Contender:
-    options = {"hidden_features": (setting.hidden, setting.hidden), "activation": nn.ReLU}
+    options = {"hidden_features": setting.hidden_dims, "activation": nn.ReLU}
     transforms = [
         zuko.flows.GeneralCouplingTransform(setting.dim, mask=mask, **options) for mask in half_masks(setting)
     ]
@@ -144,10 +148,9 @@ def nflows_nvp(setting: Setting) -> Contender:
 
 
 def normflows_nvp(setting: Setting, *, init_zeros: bool = False) -> Contender:
-    half, h = setting.dim // 2, setting.hidden
     blocks = [
         normflows.flows.AffineCouplingBlock(
-            normflows.nets.MLP([half, h, h, setting.dim], init_zeros=init_zeros),
+            normflows.nets.MLP([setting.dim // 2, *setting.hidden_dims, setting.dim], init_zeros=init_zeros),
             split_mode="channel" if k % 2 == 0 else "channel_inv",  # faster than its Permute("swap") between
         )
         for k in range(setting.num_couplings)

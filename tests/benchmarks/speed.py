@@ -9,7 +9,9 @@ from torch import Tensor
 from .peers import OURS, PEERS, Contender, Setting, build, ours_compiled
 from .tables import interleaved, print_table, ratio, verdict
 
-FIRST, SMALL, LARGE = Setting(16, 256, 8, 64), Setting(2, 512, 6, 128), Setting(64, 1024, 8, 512)
+FIRST = Setting(16, 256, 8, (64, 64))
+SMALL = Setting(2, 512, 6, (128, 128))
+LARGE = Setting(64, 1024, 8, (512, 512))
 COMPILED = {"ours, Flow, compiled": ours_compiled}
 
 

@@ -13,7 +13,7 @@ from pyro_realnvp import fit
 from .peers import Contender, Setting, build, ours, pyro_coupling
 from .tables import print_table, ratio, verdict
 
-SETTING = Setting(16, 256, 8, 64)
+SETTING = Setting(16, 256, 8, (64, 64))
 NUM_STEPS, ROUNDS, NUM_ROWS = 200, 11, 8192
 
 

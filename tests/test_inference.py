@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flows inside Pyro's own inference: guides and NeuTra, each network evaluated once."""
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormalizingFlow
+from pyro.infer.mcmc.util import initialize_model
+from pyro.infer.reparam import NeuTraReparam
+from test_bijections import count_evaluations
+
+import pyro_realnvp as rn
+
+small = partial(rn.real_nvp, num_couplings=4, hidden_dims=(8,))
+
+
+def model():
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z.exp(), 0.5).to_event(1), obs=torch.ones(3))
+
+
+def trained_guide(model=model, flow=small):
+    guide = AutoNormalizingFlow(model, flow)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(3):
+        svi.step()
+    return guide, svi
+
+
+@pytest.mark.parametrize("num_particles", [1, 8])
+def test_an_svi_step_evaluates_each_network_once(num_particles):
+    guide, _ = trained_guide()
+    elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=0)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    assert count_evaluations(guide.transform, svi.step) == {1}
+
+
+def test_a_neutra_evaluation_evaluates_each_network_once():
+    guide, _ = trained_guide()
+    guide.requires_grad_(False)
+    warped = poutine.reparam(model, config=lambda _: NeuTraReparam(guide))
+    initial, potential, _, _ = initialize_model(warped)
+    point = {name: value.detach().requires_grad_() for name, value in initial.items()}
+    assert count_evaluations(guide.transform, lambda: potential(point)) == {1}
+    gradient = torch.autograd.grad(potential(point), list(point.values()))
+    assert all(g.isfinite().all() for g in gradient)
+
+
+def test_a_guide_of_mixed_parts():
+    import pyro.distributions.transforms as T
+
+    guide, svi = trained_guide(flow=lambda dim: rn.Compose([small(dim), T.Spline(dim), T.permute(dim), small(dim)]))
+    assert count_evaluations(guide.transform, svi.step) == {1}
+    names = [name for name, _ in guide.named_parameters()]
+    assert sum("unnormalized" in name for name in names) == 4
+    assert sum("conditioner" in name for name in names) == 2 * 4 * 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_a_jitted_elbo():
+    """(Not with AutoNormalizingFlow: Pyro cannot trace the parameters of any transform there, its own included.)"""
+    flow = rn.Flow(small(3))
+
+    def guide():
+        pyro.module("flow", flow)
+        pyro.sample("z", flow())
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), JitTrace_ELBO())
+    before = flow.bijection.parts[0].conditioner.last.bias.clone()
+    assert all(torch.tensor(svi.step()).isfinite() for _ in range(3))
+    assert not torch.equal(flow.bijection.parts[0].conditioner.last.bias, before)
+
+
+def test_a_float64_model():
+    def double_model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
+        assert z.dtype == torch.float64
+
+    guide, _ = trained_guide(double_model, lambda dim: small(dim).double())
+    assert guide()["z"].dtype == torch.float64
