@@ -56,7 +56,7 @@ def test_a_guide_of_mixed_parts():
 
     guide, svi = trained_guide(flow=lambda dim: rn.Compose([small(dim), T.Spline(dim), T.permute(dim), small(dim)]))
     assert count_evaluations(guide.transform, svi.step) == {1}
-    names = [name for name, _ in guide.named_parameters()]
+    names = [name for name, _ in guide.transform.named_parameters()]
     assert sum("unnormalized" in name for name in names) == 4
     assert sum("conditioner" in name for name in names) == 2 * 4 * 4
 
