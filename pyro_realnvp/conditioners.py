@@ -63,10 +63,11 @@ class MLP(nn.Module):
         if context is not None or self.context_dim:
             self._check_context(context)
             h = h + self.context(context)
+        activation = self.activation
         for layer in self.hidden:
-            update = layer(self.activation(h))
+            update = layer(activation(h))
             h = h + update if self.residual else update
-        return self.last(self.activation(h))
+        return self.last(activation(h))
 
     def _check_context(self, context: Tensor | None) -> None:
         got = "none" if context is None else f"one of shape {tuple(context.shape)}"

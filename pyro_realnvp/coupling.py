@@ -85,14 +85,16 @@ class AffineCoupling(Coupling):
         return self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift
 
     def forward_and_ladj(self, x, context=None):
-        kept, changed = self.mask.split(broadcast_batch(x, context))
+        mask = self.mask
+        kept, changed = mask.split(broadcast_batch(x, context))
         log_scale, shift = self._log_scale_and_shift(kept, context)
-        return self.mask.join(kept, changed * log_scale.exp() + shift), log_scale.sum(-1)
+        return mask.join(kept, torch.addcmul(shift, changed, log_scale.exp())), log_scale.sum(-1)
 
     def inverse_and_ladj(self, y, context=None):
-        kept, changed = self.mask.split(broadcast_batch(y, context))
+        mask = self.mask
+        kept, changed = mask.split(broadcast_batch(y, context))
         log_scale, shift = self._log_scale_and_shift(kept, context)
-        return self.mask.join(kept, (changed - shift) * (-log_scale).exp()), -log_scale.sum(-1)
+        return mask.join(kept, (changed - shift) / log_scale.exp()), -log_scale.sum(-1)
 
 
 class VolumePreservingCoupling(AffineCoupling):

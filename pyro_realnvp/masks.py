@@ -49,6 +49,9 @@ class Mask(nn.Module):
         flips = int((b[1:] != b[:-1]).sum())
         self.is_halves = flips == 1
         self.is_interleaved = flips == len(b) - 1 and len(b) % 2 == 0
+        self.sizes = [self.num_kept, self.num_changed]
+        if self.is_halves and not self.kept_first:
+            self.sizes.reverse()
         if self.is_halves or self.is_interleaved:
             self.order = self.inverse_order = None
         else:
@@ -57,23 +60,24 @@ class Mask(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The kept and the changed entries, of shapes ``(..., num_kept)`` and ``(..., num_changed)``."""
-        if x.shape[-1:] != self.b.shape:
+        if x.shape[-1] != self.num_kept + self.num_changed:
             raise ValueError(f"expected event shape {tuple(self.b.shape)}, the mask's; got shape {tuple(x.shape)}")
-        if self.order is not None:
-            return x.index_select(-1, self.order).split([self.num_kept, self.num_changed], -1)
         if self.is_halves:
-            sizes = [self.num_kept, self.num_changed]
-            first, second = x.split(sizes if self.kept_first else sizes[::-1], -1)
-        else:
+            first, second = x.split(self.sizes, -1)
+        elif self.is_interleaved:
             first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        else:
+            return x.index_select(-1, self.order).split(self.sizes, -1)
         return (first, second) if self.kept_first else (second, first)
 
     def join(self, kept: Tensor, changed: Tensor) -> Tensor:
         """The event whose kept and changed entries these are."""
-        if self.order is not None:
-            return torch.cat([kept, changed], -1).index_select(-1, self.inverse_order)
         pair = [kept, changed] if self.kept_first else [changed, kept]
-        return torch.cat(pair, -1) if self.is_halves else torch.stack(pair, -1).flatten(-2)
+        if self.is_halves:
+            return torch.cat(pair, -1)
+        if self.is_interleaved:
+            return torch.stack(pair, -1).flatten(-2)
+        return torch.cat([kept, changed], -1).index_select(-1, self.inverse_order)
 
     def __invert__(self) -> "Mask":
         """The mask that keeps what this one changes."""

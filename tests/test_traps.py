@@ -269,3 +269,18 @@ class TestNormalisationIsNotConsumedByAccident:
         mean = f.mean.clone()
         f(torch.full((5, 3), torch.nan))
         assert torch.equal(f.mean, mean)
+
+
+def test_parameters_that_were_only_lent_are_not_remembered():
+    """functional_call puts other parameters in for the time of one call."""
+    flow, x = trained_like(rand_flow(3)), torch.randn(5, 3)
+    flow.inv(flow(x))
+    with torch.no_grad():
+        expected = flow.inv(flow(x).clone())
+        y = torch.func.functional_call(flow, {k: 2 * p for k, p in flow.named_parameters()}, (x,))
+        torch.testing.assert_close(flow.inv(y), flow.inv(y.clone()), rtol=0, atol=0)
+        torch.testing.assert_close(expected, x, rtol=1e-4, atol=1e-4)
+        flow.parts[0].max_log_scale = 0.1
+        y = flow(x)
+        flow.parts[0].max_log_scale = 3.0
+        torch.testing.assert_close(flow.inv(y), flow.inv(y.clone()), rtol=0, atol=0)

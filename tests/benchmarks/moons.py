@@ -70,7 +70,7 @@ def with_fit(truth: Truth) -> None:
 
 
 def with_fresh_data(
-    truth: Truth, *, num_couplings=16, hidden=64, lr=5e-3, averaging=0.1, num_steps=3000, batch=512, seed=0
+    truth: Truth, *, num_couplings=16, hidden=64, lr=1e-2, averaging=0.1, num_steps=3000, batch=512, seed=0
 ) -> list[object]:
     """New points in every step, so that nothing can be learned by heart: what the flow is able to represent."""
     torch.manual_seed(seed)

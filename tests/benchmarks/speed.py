@@ -47,7 +47,7 @@ def compare(title, setting, makers, call, targets, *, rounds, repeats=3) -> None
         if target is not None:
             wanted = f"{wanted} x {of}"
         median = f"{statistics.median(times[name]):.2f}"
-        rows.append([name, contender.count(), median, f"{to_fastest:.2f}", f"{to_pyro:.2f}", wanted, met])
+        rows.append([name, contender.count(), median, f"{to_fastest:.3f}", f"{to_pyro:.3f}", wanted, met])
     header = ["", "parameters", "ms", f"/ fastest ({fastest})", "/ Pyro", "target", ""]
     print_table(f"{title}: {setting}", header, rows)
 

@@ -55,7 +55,7 @@ def main() -> None:
     rows = []
     for name in loops:
         to_pyro, to_bare = ratio(times[name], times[reference]), ratio(times[name], times[bare])
-        row = [name, f"{statistics.median(times[name]):.2f}", f"{to_pyro:.2f}", f"{to_bare:.2f}"]
+        row = [name, f"{statistics.median(times[name]):.2f}", f"{to_pyro:.3f}", f"{to_bare:.3f}"]
         rows.append([*row, *verdict(to_pyro, 0.55 if name == "fit" else None)])
     header = ["", "ms per step", "/ Pyro's", "/ bare, ours", "target / Pyro's", ""]
     print_table(f"a training step: {SETTING}", header, rows)
