@@ -86,7 +86,7 @@ def is_eager() -> bool:
 
 
 class _Reads:
-    """What an evaluation of a bijection depends on: tensors, train modes and plain values; None for something opaque."""
+    """What an evaluation of a bijection depends on: tensors (None for something opaque), train modes, plain values."""
 
     def __init__(self, bijection: nn.Module):
         self.tensors: list[Tensor] | None = []

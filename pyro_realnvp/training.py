@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -129,6 +129,7 @@ def fit(
         recent = [loss for loss in history.loss[-validate_every:] if math.isfinite(loss)]
         with average.in_place():
             loss = _mean_loss(flow.eval(), held_out) if held_out else sum(recent) / max(len(recent), 1)
+            flow.train()
             history.validation_steps.append(step)
             history.validation_loss.append(loss)
             if recent and loss < history.best_loss:
@@ -136,15 +137,18 @@ def fit(
                 best = copy.deepcopy(flow.state_dict())
 
     was_training = flow.training
+    flow.train()
     bar = tqdm(total=num_steps, disable=not progress, unit="step")
     try:
         for step in range(1, num_steps + 1):
-            loss = _loss(flow.train(), next(batches))
+            loss = _loss(flow, next(batches))
             optimizer.zero_grad()
             loss.backward()
-            norm = clip_grad_norm_(parameters, max_grad_norm)
-            loss, norm = torch.stack([loss.detach(), norm]).tolist()
+            total_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            loss, norm = torch.stack([loss.detach(), total_norm]).tolist()
             if math.isfinite(loss + norm):
+                if norm > max_grad_norm:
+                    clip_grads_with_norm_(parameters, max_grad_norm, total_norm)
                 optimizer.step()
                 average.update()
                 skips_in_a_row = 0

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sphinx: make docs, or sphinx-build -W --keep-going -b html docs docs/_build/html. Nothing is fetched."""
+
+import inspect
+import os
+import sys
+import warnings
+
+os.environ.setdefault("MPLBACKEND", "agg")
+sys.path.insert(0, os.path.abspath(".."))
+warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")  # the examples call plt.show()
+
+import matplotlib
+
+import pyro_realnvp
+
+project = "pyro_realnvp"
+author = "The pyro_realnvp developers"
+copyright = "The pyro_realnvp developers, Apache-2.0"
+version = release = pyro_realnvp.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "myst_parser",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "gallery/*.ipynb", "gallery/*.json"]
+nitpicky = False
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+maximum_signature_line_length = 88
+
+# -- docstrings --------------------------------------------------------------------------------------------------------
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Shapes"]
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
+myst_heading_anchors = 3
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "image_scrapers": ("matplotlib",),
+    "abort_on_example_error": True,
+    "show_memory": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "download_all_examples": False,
+    "within_subsection_order": "FileNameSortKey",
+}
+
+# -- HTML --------------------------------------------------------------------------------------------------------------
+html_theme = "furo"  # follows the reader's light or dark setting, with a switch
+html_title = f"pyro_realnvp {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+pygments_style = "friendly"
+pygments_dark_style = "monokai"
+
+
+def check_that_every_public_name_is_documented(app, env):
+    """Warns, which is an error in the build, of a name that the package exports and the API pages lack."""
+    documented = set(env.domains["py"].objects)
+    public = {f"pyro_realnvp.{name}" for name, value in vars(pyro_realnvp).items() if _is_ours(name, value)}
+    for module in (pyro_realnvp.masks, pyro_realnvp.plots):
+        public |= {
+            f"{module.__name__}.{name}"
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and _is_ours(name, value) and value.__module__ == module.__name__
+        }
+    logger = __import__("sphinx.util.logging", fromlist=["getLogger"]).getLogger(__name__)
+    for name in sorted(public - documented):
+        logger.warning("%s is public, but no API page documents it", name)
+    return []
+
+
+def _is_ours(name, value):
+    return not name.startswith("_") and getattr(value, "__module__", "").startswith("pyro_realnvp")
+
+
+def setup(app):
+
+    matplotlib.use("agg")
+    app.connect("env-check-consistency", lambda app, env: check_that_every_public_name_is_documented(app, env))
