@@ -7,6 +7,7 @@ import sys
 import warnings
 
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("TQDM_MININTERVAL", "3600")  # of each progress bar the gallery shows the first and last line
 sys.path.insert(0, os.path.abspath(".."))
 warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")  # the examples call plt.show()
 

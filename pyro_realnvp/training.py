@@ -55,7 +55,7 @@ def fit(
     lr: float = 5e-3,
     warmup: float = 0.1,
     weight_decay: float = 0.0,
-    max_grad_norm: float = 10.0,
+    max_grad_norm: float = 1.0,
     averaging: float = 0.1,
     validation: float | Tensor | np.ndarray | tuple | DataLoader = 0.1,
     validate_every: int = 50,
