@@ -15,7 +15,8 @@ class ActNorm(Bijection):
     It starts as the identity. It is initialised, so that y has mean 0 and deviation 1 in each column, either explicitly
     by :meth:`initialize` or by the first pass in the data direction, which is forward, in train mode with gradients on
     and at least two rows. Nothing else initialises it: not sampling, not scoring under ``no_grad`` or in ``eval`` mode,
-    not a single row. A constant column is centred, and its scale stays. The flag is saved with the state.
+    not a single row. A constant column is centred, and its scale stays. The flag is saved with the state. (That pass
+    looks at values, so initialise before ``torch.compile(fullgraph=True)`` in train mode.)
 
     Args:
         input_dim: D.

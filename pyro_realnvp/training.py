@@ -150,7 +150,7 @@ def fit(
                 if norm > max_grad_norm:
                     clip_grads_with_norm_(parameters, max_grad_norm, total_norm)
                 optimizer.step()
-                average.update()
+                average.restart() if step == 1 else average.update()  # the first pass initialises ActNorm
                 skips_in_a_row = 0
             else:
                 loss = math.nan
@@ -180,12 +180,14 @@ def fit(
     except KeyboardInterrupt:
         history.stopped = "interrupted"
     finally:
-        if history.loss and step not in history.validation_steps:
-            validate()
-        flow.load_state_dict(best)
-        flow.train(was_training)
-        bar.close()
-        history.seconds = time.perf_counter() - started
+        try:
+            if history.loss and step not in history.validation_steps:
+                validate()
+        finally:
+            flow.load_state_dict(best)
+            flow.train(was_training)
+            bar.close()
+            history.seconds = time.perf_counter() - started
     if history.skipped_steps:
         warnings.warn(
             f"{history.skipped_steps} of {len(history.loss)} steps had a loss or gradient that is not finite and were "
