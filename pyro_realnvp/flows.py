@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ready-made flows, from base to data."""
 
+import operator
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 
@@ -48,7 +49,8 @@ def real_nvp(
             ``lambda dim: ActNorm(dim).inv``.
 
     Raises:
-        ValueError: ``input_dim < 2``, fewer than two couplings, or masks that leave an entry unchanged.
+        ValueError: ``input_dim < 2``, fewer than two couplings, masks of another length, or masks that leave an entry
+            unchanged.
 
     Example:
         >>> import torch
@@ -57,6 +59,7 @@ def real_nvp(
         >>> torch.equal(flow(x), x)  # identity at birth
         True
     """
+    input_dim = operator.index(input_dim)
     if input_dim < 2:
         raise ValueError(
             f"expected input_dim >= 2, since a coupling changes one entry given another; got {input_dim}: "
@@ -69,6 +72,9 @@ def real_nvp(
     if mask_cycle is None:
         pairs = [masks.half] if input_dim < 4 else [masks.half, masks.alternating]
         mask_cycle = [make(input_dim, parity) for make in pairs for parity in (0, 1)]
+    lengths = [len(mask.b) for mask in mask_cycle]
+    if set(lengths) != {input_dim}:
+        raise ValueError(f"expected mask_cycle to hold masks of length {input_dim}; got lengths {lengths}")
     options = {"max_log_scale": max_log_scale} if issubclass(coupling, AffineCoupling) else {}
     parts: list[Transform] = []
     for mask in islice(cycle(mask_cycle), num_couplings):

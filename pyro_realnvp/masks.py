@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a coupling splits an event in two: b = 1 is kept and read by the network, b = 0 is changed."""
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
@@ -119,6 +121,6 @@ def random(input_dim: int, generator: torch.Generator | None = None) -> Mask:
 
 
 def _checked(input_dim: int) -> int:
-    if input_dim < 2:
+    if operator.index(input_dim) < 2:
         raise ValueError(f"expected input_dim >= 2, since a mask splits an event in two; got {input_dim}")
     return input_dim

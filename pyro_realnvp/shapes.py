@@ -47,6 +47,13 @@ def check_context(bijection: nn.Module, context: Tensor | None) -> None:
     if not isinstance(context, Tensor) or context.dim() == 0 or context.shape[-1] != width:
         got = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
         raise ValueError(f"{name} expected a context of shape (..., {width}); got {got}")
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(context.device.type):
+        return
+    own = next(bijection.parameters(), context)
+    if own.dtype != context.dtype:
+        raise TypeError(
+            f"{name} has parameters of {own.dtype}; got a context of {context.dtype}: convert one with .to()"
+        )
 
 
 def broadcast_batch(x: Tensor, context: Tensor | None, event_dim: int = 1) -> Tensor:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .bijection import Bijection
 from .data import Batch, prepare
 
 _SKIPS_BEFORE_RESTORE = 10
@@ -95,7 +96,7 @@ def fit(
         The :class:`History`; ``plots.plot_loss`` draws it.
 
     Raises:
-        TypeError: data that are not floating-point, or of another dtype than the flow.
+        TypeError: data that are not floating-point, or of another dtype than the flow; a bijection instead of a flow.
         ValueError: another event shape than the flow's, nan or inf, a constant column, fewer than two rows, fewer rows
             than a batch, another number of contexts than rows, a validation part that leaves nothing.
 
@@ -109,8 +110,11 @@ def fit(
         >>> len(history.loss)
         20
     """
-    if num_steps < 1:
-        raise ValueError(f"expected num_steps >= 1; got {num_steps}")
+    if isinstance(flow, Bijection):
+        raise TypeError(f"expected a Flow; got {type(flow).__name__}, a bijection without a base: pass Flow(bijection)")
+    for name, steps in (("num_steps", num_steps), ("validate_every", validate_every)):
+        if steps < 1:
+            raise ValueError(f"expected {name} >= 1; got {steps}")
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
     batches, held_out = prepare(flow, x, context, validation, batch_size, generator)

@@ -118,6 +118,9 @@ def coupling(dim):
         (lambda: rn.BatchNorm(2, momentum=1.0), ValueError, "momentum"),
         (lambda: rn.BatchNorm(2, eps=0.0), ValueError, "eps > 0"),
         (lambda: rn.real_nvp(1), ValueError, "Spline"),
+        (lambda: rn.real_nvp(2.5), TypeError, "integer"),
+        (lambda: rn.real_nvp(3, mask_cycle=[]), ValueError, "masks of length 3"),
+        (lambda: rn.real_nvp(3, mask_cycle=[masks.half(2), masks.half(2, 1)]), ValueError, r"got lengths \[2, 2\]"),
         (lambda: rn.real_nvp(3, num_couplings=1), ValueError, "num_couplings >= 2"),
         (lambda: rn.real_nvp(3)(torch.zeros(5, 4)), ValueError, r"expected event shape \(3,\); got shape \(5, 4\)"),
         (lambda: rn.real_nvp(3)(torch.zeros(5, 3, dtype=torch.int64)), TypeError, "floating-point"),
@@ -127,6 +130,11 @@ def coupling(dim):
         (lambda: rn.real_nvp(3)([0.0, 0.0, 0.0]), TypeError, "expected a tensor"),
         (lambda: rn.real_nvp(3, context_dim=2)(torch.zeros(3)), ValueError, "context of width 2; got none"),
         (lambda: rn.real_nvp(3, context_dim=2).condition(torch.zeros(3)), ValueError, r"\(..., 2\); got shape \(3,\)"),
+        (
+            lambda: rn.real_nvp(3, context_dim=2).condition(torch.zeros(2).double()),
+            TypeError,
+            "context of torch.float64",
+        ),
         (lambda: rn.real_nvp(3).condition(torch.zeros(3)), ValueError, "takes no context"),
         (
             lambda: rn.real_nvp(3, context_dim=2).condition(torch.zeros(4, 2))(torch.zeros(5, 3)),

@@ -231,7 +231,8 @@ def test_the_bar_shows_the_losses(x, capsys):
             "got none: is its dataset smaller",
         ),
         (DataLoader(TensorDataset(*3 * [torch.randn(9, 2)])), {}, ValueError, "batches of 3 tensors"),
-        (torch.randn(100, 2), {"num_steps": 0}, ValueError, "num_steps"),
+        (torch.randn(100, 2), {"num_steps": 0}, ValueError, "num_steps >= 1"),
+        (torch.randn(100, 2), {"validate_every": 0}, ValueError, "validate_every >= 1"),
     ],
 )
 def test_bad_input(data, kwargs, error, message):
@@ -245,6 +246,11 @@ def test_bad_input(data, kwargs, error, message):
 def test_a_conditional_flow_needs_its_context(x):
     with pytest.raises(ValueError, match="width 3; got none"):
         run(make_flow(context_dim=3), x)
+
+
+def test_a_bijection_is_no_flow(x):
+    with pytest.raises(TypeError, match="pass Flow"):
+        run(rn.real_nvp(2), x)
 
 
 def test_nothing_to_fit(x):
