@@ -11,9 +11,12 @@ os.environ.setdefault("TQDM_MININTERVAL", "3600")  # of each progress bar the ga
 sys.path.insert(0, os.path.abspath(".."))
 warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")  # the examples call plt.show()
 
-import matplotlib
+from sphinx.util import logging
 
 import pyro_realnvp
+import pyro_realnvp.plots
+
+logger = logging.getLogger(__name__)
 
 project = "pyro_realnvp"
 author = "The pyro_realnvp developers"
@@ -57,7 +60,8 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,
     "download_all_examples": False,
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": "NumberOfCodeLinesSortKey",  # the shortest first
+    "thumbnail_size": (800, 300),
 }
 
 # -- HTML --------------------------------------------------------------------------------------------------------------
@@ -73,26 +77,19 @@ pygments_dark_style = "monokai"
 
 
 def check_that_every_public_name_is_documented(app, env):
-    """Warns, which is an error in the build, of a name that the package exports and the API pages lack."""
+    """Warns, which is an error in the build, of a name that the package exports and no API page documents."""
     documented = set(env.domains["py"].objects)
-    public = {f"pyro_realnvp.{name}" for name, value in vars(pyro_realnvp).items() if _is_ours(name, value)}
-    for module in (pyro_realnvp.masks, pyro_realnvp.plots):
-        public |= {
-            f"{module.__name__}.{name}"
-            for name, value in vars(module).items()
-            if inspect.isfunction(value) and _is_ours(name, value) and value.__module__ == module.__name__
-        }
-    logger = __import__("sphinx.util.logging", fromlist=["getLogger"]).getLogger(__name__)
-    for name in sorted(public - documented):
-        logger.warning("%s is public, but no API page documents it", name)
-    return []
-
-
-def _is_ours(name, value):
-    return not name.startswith("_") and getattr(value, "__module__", "").startswith("pyro_realnvp")
+    for module in (pyro_realnvp, pyro_realnvp.masks, pyro_realnvp.plots):
+        for name, value in vars(module).items():
+            if name.startswith("_") or not (inspect.isclass(value) or inspect.isfunction(value)):
+                continue
+            home = value.__module__
+            if not (home.startswith("pyro_realnvp.") if module is pyro_realnvp else home == module.__name__):
+                continue  # imported from elsewhere
+            names = {f"{module.__name__}.{name}", f"pyro_realnvp.{name}"}
+            if not names & documented:
+                logger.warning("%s.%s is public, but no API page documents it", module.__name__, name)
 
 
 def setup(app):
-
-    matplotlib.use("agg")
-    app.connect("env-check-consistency", lambda app, env: check_that_every_public_name_is_documented(app, env))
+    app.connect("env-check-consistency", check_that_every_public_name_is_documented)
