@@ -17,6 +17,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """Whether every property holds."""
         return all(ok for ok, _, _ in self.findings)
 
     def add(self, ok: bool, what: str, found: str) -> None:

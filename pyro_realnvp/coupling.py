@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coupling layers: one part of an event is changed by a network of the other part."""
 
+import math
+
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
@@ -46,7 +48,8 @@ class AffineCoupling(Coupling):
     r""":math:`y_b = x_b,\quad y_{1-b} = x_{1-b} \odot \exp(s(x_b)) + t(x_b), \quad
     \log|\det \partial y / \partial x| = \sum s(x_b)`  (RealNVP; Dinh et al. 2017, eqs. 4-6).
 
-    The log-scale is bounded smoothly, :math:`s = s_{\max} \tanh(\cdot / s_{\max})`.
+    The log-scale is bounded smoothly, :math:`s = \tfrac{2}{\pi} s_{\max} \arctan(\tfrac{\pi}{2} r / s_{\max})` of the
+    network's raw r: near the identity :math:`s \approx r`, and the gradient never dies.
 
     Args:
         mask: which entries are kept (b = 1) and which are changed.
@@ -82,7 +85,9 @@ class AffineCoupling(Coupling):
 
     def _log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         raw, shift = self._condition_on(kept, context).chunk(2, -1)
-        return self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift
+        # Not tanh: its gradient dies exponentially, and a log-scale that once ran into the bound would never come back.
+        slope = math.pi / (2 * self.max_log_scale)
+        return torch.atan(raw * slope) / slope, shift
 
     def forward_and_ladj(self, x, context=None):
         mask = self.mask
@@ -99,7 +104,7 @@ class AffineCoupling(Coupling):
 
 class VolumePreservingCoupling(AffineCoupling):
     r"""An :class:`AffineCoupling` whose log-scales sum to zero, so that :math:`\log|\det \partial y / \partial x| = 0`
-    (GIN; Sorrenson et al. 2020, section 3.2). With one changed entry its log-scale is 0, and only the shift is left.
+    (GIN; Sorrenson et al. 2020). With one changed entry its log-scale is 0, and only the shift is left.
 
     Arguments, shapes and errors are those of :class:`AffineCoupling`.
 
@@ -125,7 +130,7 @@ class VolumePreservingCoupling(AffineCoupling):
 
 class AdditiveCoupling(Coupling):
     r""":math:`y_b = x_b,\quad y_{1-b} = x_{1-b} + t(x_b), \quad \log|\det \partial y / \partial x| = 0`
-    (NICE; Dinh et al. 2014, eq. 8).
+    (NICE; Dinh et al. 2014, section 3.2).
 
     Args:
         mask: which entries are kept (b = 1) and which are changed.

@@ -14,7 +14,7 @@ class Standardize(Bijection):
     standard deviation are fixed once fitted, and part of the ``state_dict``. Before :meth:`fit` it is the identity.
 
     Args:
-        input_dim: D.
+        input_dim: the size D of an event.
 
     Shapes:
         ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.

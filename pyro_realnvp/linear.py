@@ -17,7 +17,7 @@ class InvertibleLinear(Bijection):
     fixed permutation. At birth W = P, by default the identity.
 
     Args:
-        input_dim: D.
+        input_dim: the size D of an event.
         permutation: P, as the order of the rows, ``(D,)``; by default the identity.
 
     Shapes:

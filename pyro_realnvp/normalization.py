@@ -19,7 +19,7 @@ class ActNorm(Bijection):
     looks at values, so initialise before ``torch.compile(fullgraph=True)`` in train mode.)
 
     Args:
-        input_dim: D.
+        input_dim: the size D of an event.
 
     Shapes:
         ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
@@ -83,7 +83,7 @@ class BatchNorm(Bijection):
     score in ``eval`` mode.
 
     Args:
-        input_dim: D.
+        input_dim: the size D of an event.
         momentum: :math:`\rho`, in [0, 1).
         eps: :math:`\epsilon > 0`, the smallest variance; it keeps a constant column harmless.
 

@@ -32,7 +32,9 @@ class History:
     loss: list[float] = field(default_factory=list)
     """Of each step; nan where the step was skipped."""
     validation_steps: list[int] = field(default_factory=list)
+    """The steps after which the averaged weights were validated."""
     validation_loss: list[float] = field(default_factory=list)
+    """Their loss at each of these steps."""
     best_step: int = 0
     """The step whose weights the flow has now."""
     best_loss: float = math.inf
@@ -44,6 +46,7 @@ class History:
     stopped: str = "finished"
     """``"finished"``, ``"early"`` (the validation loss stopped falling), ``"interrupted"`` (Ctrl-C), ``"diverged"``."""
     seconds: float = 0.0
+    """Wall-clock time."""
 
 
 def fit(
