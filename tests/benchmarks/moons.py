@@ -85,7 +85,7 @@ def with_fresh_data(
         loss = -flow().log_prob(((true_sample(batch) - mean) / std).float()).mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
+        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         average.update_parameters(flow)
