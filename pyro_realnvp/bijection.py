@@ -111,7 +111,10 @@ class Bijection(TransformModule):
             raise TypeError(f"{name} expected a tensor; got {type(value).__name__}: pass torch.as_tensor(value)")
         (self.forward_shape if forward else self.inverse_shape)(value.shape)
         if not value.is_floating_point():
-            raise TypeError(f"{name} expected floating-point values; got {value.dtype}: pass value.to(torch.float32)")
+            raise TypeError(
+                f"{name} expected floating-point values; got {value.dtype}: pass value.to(torch.float32), "
+                "or score integer levels with Dequantized"
+            )
         if self.context_dim:
             raise ValueError(
                 f"{name} expected a context of width {self.context_dim}; got none: "

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bijections one after the other, ours and everybody's."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pyro.distributions.transforms as T
 import torch
 from pyro.distributions.conditional import ConditionalTransform
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
+from torch.utils.checkpoint import checkpoint
 
 from .bijection import Bijection
 from .coupling import Coupling
+from .masks import Mask
 from .reshape import Permute
-from .shapes import sum_events
+from .shapes import broadcast_batch, check_event_shape, sum_events
 
 
 @ConditionalTransform.register
@@ -25,6 +27,10 @@ class Compose(Bijection):
 
     Args:
         parts: the transforms, in the order in which they are applied to x.
+        event_shape: the shape of the events that go in; needed only where the parts do not know it, as those of images
+            do not.
+        checkpoint: keep only the input of each coupling for the backward pass, and compute what happened inside again
+            (:mod:`torch.utils.checkpoint`): less memory, for a second evaluation of each network.
 
     Raises:
         TypeError: a part that is not a transform.
@@ -40,14 +46,17 @@ class Compose(Bijection):
         True
     """
 
-    def __init__(self, parts: Iterable[Transform]):
+    def __init__(
+        self, parts: Iterable[Transform], *, event_shape: Sequence[int] | None = None, checkpoint: bool = False
+    ):
         parts = [_adopt(part) for part in parts]
         widths = {part.context_dim for part in parts} - {0}
         if len(widths) > 1:
             raise ValueError(f"expected parts with one width of context; got widths {sorted(widths)}")
         chain = ComposeTransform(parts)
-        super().__init__(_event_shape(parts, chain.domain.event_dim), context_dim=max(widths, default=0))
+        super().__init__(_event_shape(parts, chain.domain.event_dim, event_shape), context_dim=max(widths, default=0))
         self.parts = nn.ModuleList(parts)
+        self.checkpoint = checkpoint
         self.domain, self.codomain = chain.domain, chain.codomain
         self._extra_dims = []  # for each part, how many axes of the event are batch axes to it
         event_dim = self.domain.event_dim
@@ -59,18 +68,26 @@ class Compose(Bijection):
     def forward_and_ladj(self, x, context=None):
         total = 0.0
         for part, extra_dims in zip(self.parts, self._extra_dims):
-            x, ladj = part.forward_and_ladj(x, context if part.context_dim else None)
+            x, ladj = self._evaluate(part, part.forward_and_ladj, x, context)
             total = sum_events(ladj, extra_dims) + total
         return x, total if self.parts else x.new_zeros(x.shape[: x.dim() - self.codomain.event_dim])
 
     def inverse_and_ladj(self, y, context=None):
         total = 0.0
         for part, extra_dims in zip(reversed(self.parts), reversed(self._extra_dims)):
-            y, ladj = part.inverse_and_ladj(y, context if part.context_dim else None)
+            y, ladj = self._evaluate(part, part.inverse_and_ladj, y, context)
             total = sum_events(ladj, extra_dims) + total
         return y, total if self.parts else y.new_zeros(y.shape[: y.dim() - self.domain.event_dim])
 
+    def _evaluate(self, part: Bijection, call: Callable, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        context = context if part.context_dim else None
+        # Only couplings: a normalisation that moves its statistics must not be evaluated twice.
+        if self.checkpoint and isinstance(part, Coupling) and torch.is_grad_enabled():
+            return checkpoint(call, x, context, use_reentrant=False)
+        return call(x, context)
+
     def forward_shape(self, shape):
+        shape = check_event_shape(self, shape, self.event_shape)
         for part in self.parts:
             shape = part.forward_shape(shape)
         return torch.Size(shape)
@@ -78,7 +95,7 @@ class Compose(Bijection):
     def inverse_shape(self, shape):
         for part in reversed(self.parts):
             shape = part.inverse_shape(shape)
-        return torch.Size(shape)
+        return check_event_shape(self, shape, self.event_shape)
 
     def changed_entries(self, changed, *, forward=True):
         for part in self.parts if forward else reversed(self.parts):
@@ -92,10 +109,63 @@ class Compose(Bijection):
         changed = self.changed_entries(torch.zeros(self.event_shape, dtype=torch.bool))
         if not changed.all():
             entries = (~changed).nonzero().squeeze(-1).tolist()
+            more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
             raise ValueError(
-                f"the stack of {len(couplings)} couplings never changes entries {entries} of its output: "
+                f"the stack of {len(couplings)} couplings never changes entries {entries[:10]}{more} of its output: "
                 "alternate the masks (mask, ~mask, ...) or put a Permute between the couplings"
             )
+
+
+@ConditionalTransform.register
+class FactorOut(Bijection):
+    r""":math:`y_b = x_b,\quad y_{1-b} = f(x_{1-b}),\quad
+    \log|\det \partial y / \partial x| = \log|\det \partial f / \partial x_{1-b}|`: from data to latent, a part of the
+    event is latent already and leaves; f goes on with the rest (Dinh et al. 2017, section 3.6, eqs. 13-14).
+
+    Args:
+        mask: which entries leave (b = 1) and which go on, of vectors or of images.
+        bijection: f, which maps events to events of the same shape.
+
+    Shapes:
+        Events that fit the mask to the same; the log-determinant, in nats, is shaped like the batch.
+
+    Raises:
+        ValueError: f does not fit the entries that go on.
+
+    Example:
+        >>> from pyro_realnvp import masks, real_nvp
+        >>> f = FactorOut(masks.half(4), real_nvp(2))
+        >>> f(torch.ones(4))
+        tensor([1., 1., 1., 1.], grad_fn=<...>)
+    """
+
+    def __init__(self, mask: Mask, bijection: Bijection):
+        if not isinstance(mask, Mask) or not isinstance(bijection, Bijection):
+            raise TypeError(
+                f"expected a Mask and a Bijection; got {type(mask).__name__} and {type(bijection).__name__}"
+            )
+        super().__init__(mask.event_shape, context_dim=bijection.context_dim)
+        if bijection.domain.event_dim != mask.event_dim or bijection.event_shape[0] not in (None, mask.num_changed):
+            raise ValueError(
+                f"expected a bijection of the {mask.num_changed} entries that go on, with {mask.event_dim} event axes; "
+                f"got one of event shape {bijection.event_shape}"
+            )
+        self.mask = mask
+        self.bijection = bijection
+
+    def forward_and_ladj(self, x, context=None):
+        leaving, x = self.mask.split(broadcast_batch(x, context, self.mask.event_dim))
+        y, ladj = self.bijection.forward_and_ladj(x, context)
+        return self.mask.join(leaving, y), ladj
+
+    def inverse_and_ladj(self, y, context=None):
+        leaving, y = self.mask.split(broadcast_batch(y, context, self.mask.event_dim))
+        x, ladj = self.bijection.inverse_and_ladj(y, context)
+        return self.mask.join(leaving, x), ladj
+
+    def changed_entries(self, changed, *, forward=True):
+        leaving, rest = self.mask.split(changed)
+        return self.mask.join(leaving, self.bijection.changed_entries(rest, forward=forward))
 
 
 class _Foreign(Bijection):
@@ -153,9 +223,9 @@ def _adopt(part: Transform) -> Bijection:
     return _Foreign(part)
 
 
-def _event_shape(parts: list[Bijection], event_dim: int) -> tuple[int | None, ...]:
-    """The shape of the events that go into the first part, as far as the parts know it; they must agree."""
-    event_shape = None
+def _event_shape(parts: list[Bijection], event_dim: int, given: Sequence[int] | None) -> tuple[int | None, ...]:
+    """The shape of the events that go into the first part, as far as it is given or known; all parts must agree."""
+    event_shape = None if given is None else tuple(given)
     for k, part in enumerate(parts):
         shape = part.event_shape
         if event_shape is None and shape and None not in shape:

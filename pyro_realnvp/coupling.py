@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .bijection import Bijection
 from .masks import Mask
-from .shapes import broadcast_batch
+from .shapes import broadcast_batch, sum_events
 
 
 @ConditionalTransform.register
@@ -26,22 +26,33 @@ class Coupling(Bijection):
                 f"expected the conditioner to be an nn.Module, so that its parameters are found; "
                 f"got {type(conditioner).__name__}"
             )
-        super().__init__(mask.b.shape, context_dim=context_dim)
+        super().__init__(mask.event_shape, context_dim=context_dim)
         self.mask = mask
         self.conditioner = conditioner
 
-    def _condition_on(self, kept: Tensor, context: Tensor | None) -> Tensor:
+    def _split(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.mask.split(broadcast_batch(x, context, self.mask.event_dim))
+
+    def _condition_on(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+        """The conditioner's output in parts, each of the changed entries' shape."""
         out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
-        expected = self.mask.num_changed * self.outputs_per_entry
-        if out.shape[-1] != expected:
+        mask = self.mask
+        expected = (mask.num_changed * self.outputs_per_entry,) + kept.shape[kept.dim() - mask.event_dim + 1 :]
+        got = tuple(out.shape[out.dim() - mask.event_dim :])
+        if got != expected:
             raise ValueError(
-                f"{type(self).__name__} expected {expected} values from its conditioner, {self.outputs_per_entry} for "
-                f"each of the {self.mask.num_changed} changed entries; got {out.shape[-1]}"
+                f"{type(self).__name__} expected a shape of (..., {', '.join(map(str, expected))}) from its "
+                f"conditioner, {self.outputs_per_entry} x the {mask.num_changed} that the mask changes; "
+                f"got (..., {', '.join(map(str, got))})"
             )
-        return out
+        return out.chunk(self.outputs_per_entry, -mask.event_dim)
+
+    def _no_ladj(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[: x.dim() - self.mask.event_dim])
 
     def changed_entries(self, changed, *, forward=True):
-        return changed | ~self.mask.b
+        kept, others = self.mask.split(changed)
+        return self.mask.join(kept, torch.ones_like(others))
 
 
 class AffineCoupling(Coupling):
@@ -54,15 +65,17 @@ class AffineCoupling(Coupling):
     Args:
         mask: which entries are kept (b = 1) and which are changed.
         conditioner: maps the kept entries, ``(..., num_kept)``, and the context if there is one to
-            ``(..., 2 * num_changed)``: all raw log-scales, then all shifts.
+            ``(..., 2 * num_changed)``: all raw log-scales, then all shifts. Of images, channels are counted, and height
+            and width follow: an :class:`MLP` for vectors, a :class:`ConvResNet` for images.
         context_dim: width of the context that the conditioner expects, 0 for none.
         max_log_scale: :math:`s_{\max}`.
 
     Shapes:
-        ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
+        ``(..., D)`` to ``(..., D)``, or ``(..., C, H, W)`` to the same with a mask of images; the log-determinant, in
+        nats, is shaped like the batch.
 
     Raises:
-        ValueError: an event of another size than the mask, a conditioner with another number of outputs, a context
+        ValueError: an event of another size than the mask's, a conditioner with another number of outputs, a context
             that is missing, unexpected or of the wrong width, ``max_log_scale <= 0``.
 
     Example:
@@ -84,22 +97,22 @@ class AffineCoupling(Coupling):
         self.max_log_scale = max_log_scale
 
     def _log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        raw, shift = self._condition_on(kept, context).chunk(2, -1)
+        raw, shift = self._condition_on(kept, context)
         # Not tanh: its gradient dies exponentially, and a log-scale that once ran into the bound would never come back.
         slope = math.pi / (2 * self.max_log_scale)
         return torch.atan(raw * slope) / slope, shift
 
     def forward_and_ladj(self, x, context=None):
-        mask = self.mask
-        kept, changed = mask.split(broadcast_batch(x, context))
+        kept, changed = self._split(x, context)
         log_scale, shift = self._log_scale_and_shift(kept, context)
-        return mask.join(kept, torch.addcmul(shift, changed, log_scale.exp())), log_scale.sum(-1)
+        y = self.mask.join(kept, torch.addcmul(shift, changed, log_scale.exp()))
+        return y, sum_events(log_scale, self.mask.event_dim)
 
     def inverse_and_ladj(self, y, context=None):
-        mask = self.mask
-        kept, changed = mask.split(broadcast_batch(y, context))
+        kept, changed = self._split(y, context)
         log_scale, shift = self._log_scale_and_shift(kept, context)
-        return mask.join(kept, (changed - shift) / log_scale.exp()), -log_scale.sum(-1)
+        x = self.mask.join(kept, (changed - shift) / log_scale.exp())
+        return x, -sum_events(log_scale, self.mask.event_dim)
 
 
 class VolumePreservingCoupling(AffineCoupling):
@@ -117,15 +130,15 @@ class VolumePreservingCoupling(AffineCoupling):
 
     def _log_scale_and_shift(self, kept, context):
         log_scale, shift = super()._log_scale_and_shift(kept, context)
-        return log_scale - log_scale.mean(-1, keepdim=True), shift
+        return log_scale - log_scale.mean(tuple(range(-self.mask.event_dim, 0)), keepdim=True), shift
 
     def forward_and_ladj(self, x, context=None):
         y, _ = super().forward_and_ladj(x, context)
-        return y, y.new_zeros(y.shape[:-1])
+        return y, self._no_ladj(y)
 
     def inverse_and_ladj(self, y, context=None):
         x, _ = super().inverse_and_ladj(y, context)
-        return x, x.new_zeros(x.shape[:-1])
+        return x, self._no_ladj(x)
 
 
 class AdditiveCoupling(Coupling):
@@ -149,9 +162,13 @@ class AdditiveCoupling(Coupling):
     outputs_per_entry = 1
 
     def forward_and_ladj(self, x, context=None):
-        kept, changed = self.mask.split(broadcast_batch(x, context))
-        return self.mask.join(kept, changed + self._condition_on(kept, context)), x.new_zeros(kept.shape[:-1])
+        kept, changed = self._split(x, context)
+        (shift,) = self._condition_on(kept, context)
+        y = self.mask.join(kept, changed + shift)
+        return y, self._no_ladj(y)
 
     def inverse_and_ladj(self, y, context=None):
-        kept, changed = self.mask.split(broadcast_batch(y, context))
-        return self.mask.join(kept, changed - self._condition_on(kept, context)), y.new_zeros(kept.shape[:-1])
+        kept, changed = self._split(y, context)
+        (shift,) = self._condition_on(kept, context)
+        x = self.mask.join(kept, changed - shift)
+        return x, self._no_ladj(x)

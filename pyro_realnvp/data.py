@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .dequantization import DequantizedFlow
 from .elementwise import column_statistics
 
 Batch = tuple[Tensor, Tensor | None]
 
+_ENTRIES_PER_PASS = 2**20
 _ROWS_PER_PASS = 4096
 
 
@@ -27,9 +29,10 @@ def prepare(
             raise ValueError("expected a DataLoader that yields (x, context); got context= beside it")
         return _endless(flow, x), held_out
     x, context = _rows(flow, x, context)
-    constant = (column_statistics(x.flatten(1), x[0].numel())[1] == 0).nonzero().squeeze(-1).tolist()
-    if constant:
-        raise ValueError(f"columns {constant[:10]} of x are constant and have no density: drop them or add noise")
+    if x.is_floating_point():  # levels may be constant: dequantisation adds noise
+        constant = (column_statistics(x.flatten(1), x[0].numel())[1] == 0).nonzero().squeeze(-1).tolist()
+        if constant:
+            raise ValueError(f"columns {constant[:10]} of x are constant and have no density: drop them or add noise")
     if held_out is None and validation:
         num_held_out = int(validation * len(x))
         if not 0 < num_held_out < len(x) - 1:
@@ -49,7 +52,7 @@ def prepare(
 
 def _rows(flow: nn.Module, x, context) -> tuple[Tensor, Tensor | None]:
     """x and context as checked tensors."""
-    x = _as_tensor(flow, x, "x")
+    x = _as_tensor(flow, x, "x", integer=isinstance(flow, DequantizedFlow))
     event_shape = getattr(flow, "event_shape", x.shape[1:])
     if x.dim() == 0 or x.shape[1:] != event_shape:
         raise ValueError(f"expected x of shape (N, {', '.join(map(str, event_shape))}); got {tuple(x.shape)}")
@@ -68,8 +71,14 @@ def _rows(flow: nn.Module, x, context) -> tuple[Tensor, Tensor | None]:
     return x, context
 
 
-def _as_tensor(flow: nn.Module, values, name: str) -> Tensor:
+def _as_tensor(flow: nn.Module, values, name: str, *, integer: bool = False) -> Tensor:
     own = next(flow.parameters())
+    if integer:
+        values = torch.as_tensor(values, device=own.device) if isinstance(values, np.ndarray) else values
+        if not isinstance(values, Tensor) or values.is_floating_point():
+            got = f"values of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"expected {name} to hold integer levels; got {got}: pass {name}.long()")
+        own = torch.empty((), dtype=values.dtype, device=own.device)
     if isinstance(values, np.ndarray) and np.issubdtype(values.dtype, np.floating):
         return torch.as_tensor(values, dtype=own.dtype, device=own.device)
     if not isinstance(values, Tensor):
@@ -90,8 +99,9 @@ def _held_out(flow: nn.Module, validation) -> Iterable[Batch]:
 
 
 def _in_batches(x: Tensor, context: Tensor | None) -> list[Batch]:
-    contexts = [None] * len(x) if context is None else context.split(_ROWS_PER_PASS)
-    return list(zip(x.split(_ROWS_PER_PASS), contexts))
+    num_rows = min(_ROWS_PER_PASS, max(1, _ENTRIES_PER_PASS // max(x[0].numel(), 1)))
+    contexts = [None] * len(x) if context is None else context.split(num_rows)
+    return list(zip(x.split(num_rows), contexts))
 
 
 def _shuffled(x: Tensor, context: Tensor | None, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:

@@ -22,9 +22,11 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value) in nats, shaped like the batch."""
-        if self._validate_args and not torch.compiler.is_compiling():  # which cannot branch on values
-            self._validate_sample(value)
         (transform,) = self.transforms
+        if self._validate_args and not torch.compiler.is_compiling():  # which cannot branch on values
+            if value.shape[value.dim() - self.event_dim :] != self.event_shape:
+                transform.inverse_shape(value.shape)  # raises an error that says what to do
+            self._validate_sample(value)
         x, ladj = transform.evaluate(value, forward=False, remember=False)
         return self.base_dist.log_prob(x) + self._sum(ladj)
 

@@ -72,9 +72,9 @@ def real_nvp(
     if mask_cycle is None:
         pairs = [masks.half] if input_dim < 4 else [masks.half, masks.alternating]
         mask_cycle = [make(input_dim, parity) for make in pairs for parity in (0, 1)]
-    lengths = [len(mask.b) for mask in mask_cycle]
-    if set(lengths) != {input_dim}:
-        raise ValueError(f"expected mask_cycle to hold masks of length {input_dim}; got lengths {lengths}")
+    shapes = [mask.event_shape for mask in mask_cycle]
+    if set(shapes) != {(input_dim,)}:
+        raise ValueError(f"expected mask_cycle to hold masks of events of shape ({input_dim},); got {shapes}")
     options = {"max_log_scale": max_log_scale} if issubclass(coupling, AffineCoupling) else {}
     parts: list[Transform] = []
     for mask in islice(cycle(mask_cycle), num_couplings):

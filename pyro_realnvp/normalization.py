@@ -6,9 +6,35 @@ from torch import Tensor, nn
 
 from .bijection import Bijection
 from .elementwise import column_statistics
+from .shapes import along_channels, channel_events, check_event_shape, positions
 
 
-class ActNorm(Bijection):
+class _Normalization(Bijection):
+    """What both share: statistics for each entry of a vector or for each channel of an image."""
+
+    def __init__(self, input_dim: int, event_dim: int):
+        super().__init__(channel_events(input_dim, event_dim))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.movedim(-len(self.event_shape), -1).reshape(-1, self.event_shape[0])
+
+    def _along(self, values: Tensor) -> Tensor:
+        return along_channels(values, len(self.event_shape))
+
+    def _expand(self, ladj: Tensor, x: Tensor) -> Tensor:
+        event_dim = len(self.event_shape)
+        return (positions(x, event_dim) * ladj).expand(x.shape[: x.dim() - event_dim])
+
+    def _is_training_batch(self, x: Tensor) -> bool:
+        """Whether x may move statistics: a pass that trains, over at least two events."""
+        batch_shape = x.shape[: x.dim() - len(self.event_shape)]
+        return self.training and torch.is_grad_enabled() and batch_shape.numel() > 1
+
+    def changed_entries(self, changed, *, forward=True):
+        return changed
+
+
+class ActNorm(_Normalization):
     r""":math:`y = (x - \mu) \odot \exp(-s),\quad \log|\det \partial y / \partial x| = -\sum s`, both learned and
     initialised on data  (Glow; Kingma & Dhariwal 2018, section 3.1).
 
@@ -19,10 +45,13 @@ class ActNorm(Bijection):
     looks at values, so initialise before ``torch.compile(fullgraph=True)`` in train mode.)
 
     Args:
-        input_dim: the size D of an event.
+        input_dim: the size D of an event, or its channels.
+        event_dim: how many axes an event has, the first of them the channels: 1 for vectors, 3 for images, whose
+            channels are normalised over all positions.
 
     Shapes:
-        ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
+        ``(..., D)`` to ``(..., D)``, images ``(..., D, H, W)`` to the same; the log-determinant, in nats, is shaped
+        like the batch.
 
     Raises:
         ValueError: initialised on values that are not finite.
@@ -35,31 +64,31 @@ class ActNorm(Bijection):
         True
     """
 
-    def __init__(self, input_dim: int):
-        super().__init__((input_dim,))
+    def __init__(self, input_dim: int, *, event_dim: int = 1):
+        super().__init__(input_dim, event_dim)
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
         self.initialized = False
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> "ActNorm":
-        """Sets location and scale from x, ``(..., D)`` with at least two rows; returns itself."""
-        loc, scale = column_statistics(x, self.event_shape[0])
+        """Sets location and scale from x, ``(..., D)`` with at least two rows, or images; returns itself."""
+        check_event_shape(self, x.shape, self.event_shape)
+        loc, scale = column_statistics(self._rows(x), self.event_shape[0])
         self.loc.copy_(loc)
         self.log_scale.copy_(torch.where(scale > 0, scale, 1.0).log())
         self.initialized = True
         return self
 
     def forward_and_ladj(self, x, context=None):
-        if not self.initialized and _is_training_batch(self, x):
+        if not self.initialized and self._is_training_batch(x):
             self.initialize(x.detach())
-        return (x - self.loc) * (-self.log_scale).exp(), -self.log_scale.sum().expand(x.shape[:-1])
+        y = (x - self._along(self.loc)) * self._along((-self.log_scale).exp())
+        return y, self._expand(-self.log_scale.sum(), x)
 
     def inverse_and_ladj(self, y, context=None):
-        return y * self.log_scale.exp() + self.loc, self.log_scale.sum().expand(y.shape[:-1])
-
-    def changed_entries(self, changed, *, forward=True):
-        return changed
+        x = y * self._along(self.log_scale.exp()) + self._along(self.loc)
+        return x, self._expand(self.log_scale.sum(), x)
 
     # A Python flag, not a buffer: reading a buffer would stall a GPU at every step and break a compiled graph.
     def get_extra_state(self) -> Tensor:
@@ -69,7 +98,7 @@ class ActNorm(Bijection):
         self.initialized = bool(state)
 
 
-class BatchNorm(Bijection):
+class BatchNorm(_Normalization):
     r""":math:`y = (x - \tilde\mu) / \sqrt{\tilde\sigma^2},\quad
     \log|\det \partial y / \partial x| = -\tfrac12 \sum \log \tilde\sigma^2`, with running averages
     (Dinh et al. 2017, section 3.7 and appendix E).
@@ -83,12 +112,14 @@ class BatchNorm(Bijection):
     score in ``eval`` mode.
 
     Args:
-        input_dim: the size D of an event.
+        input_dim: the size D of an event, or its channels.
         momentum: :math:`\rho`, in [0, 1).
         eps: :math:`\epsilon > 0`, the smallest variance; it keeps a constant column harmless.
+        event_dim: how many axes an event has, the first of them the channels: 1 for vectors, 3 for images.
 
     Shapes:
-        ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
+        ``(..., D)`` to ``(..., D)``, images ``(..., D, H, W)`` to the same; the log-determinant, in nats, is shaped
+        like the batch.
 
     Example:
         >>> f = BatchNorm(2)
@@ -97,8 +128,8 @@ class BatchNorm(Bijection):
         True
     """
 
-    def __init__(self, input_dim: int, *, momentum: float = 0.9, eps: float = 1e-5):
-        super().__init__((input_dim,))
+    def __init__(self, input_dim: int, *, momentum: float = 0.9, eps: float = 1e-5, event_dim: int = 1):
+        super().__init__(input_dim, event_dim)
         if not 0 <= momentum < 1:
             raise ValueError(f"expected momentum in [0, 1); got {momentum}")
         if not eps > 0:
@@ -109,12 +140,13 @@ class BatchNorm(Bijection):
 
     def forward_and_ladj(self, x, context=None):
         mean, variance = self.mean, self.variance
-        if _is_training_batch(self, x):
-            rows = x.reshape(-1, x.shape[-1])
+        if self._is_training_batch(x):
+            rows = self._rows(x)
             mean = mean.lerp(rows.mean(0), 1 - self.momentum)
             variance = variance.lerp(rows.var(0) + self.eps, 1 - self.momentum)
             self._remember(mean.detach(), variance.detach())
-        return (x - mean) * variance.rsqrt(), -0.5 * variance.log().sum().expand(x.shape[:-1])
+        y = (x - self._along(mean)) * self._along(variance.rsqrt())
+        return y, self._expand(-0.5 * variance.log().sum(), x)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
@@ -123,12 +155,5 @@ class BatchNorm(Bijection):
         self.variance.copy_(torch.where(finite, variance, self.variance))
 
     def inverse_and_ladj(self, y, context=None):
-        return y * self.variance.sqrt() + self.mean, 0.5 * self.variance.log().sum().expand(y.shape[:-1])
-
-    def changed_entries(self, changed, *, forward=True):
-        return changed
-
-
-def _is_training_batch(bijection: Bijection, x: Tensor) -> bool:
-    """Whether x may move statistics: a pass that trains, over at least two rows."""
-    return bijection.training and torch.is_grad_enabled() and x.shape[:-1].numel() > 1
+        x = y * self._along(self.variance.sqrt()) + self._along(self.mean)
+        return x, self._expand(0.5 * self.variance.log().sum(), x)

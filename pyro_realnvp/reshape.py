@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .bijection import Bijection
+from .shapes import check_even, check_event_shape, squeeze, unsqueeze
 
 
 class Permute(Bijection):
@@ -37,3 +38,46 @@ class Permute(Bijection):
     def changed_entries(self, changed, *, forward=True):
         permutation = self.permutation if forward else self.inverse_permutation
         return changed[permutation.to(changed.device)]
+
+
+class Squeeze(Bijection):
+    r""":math:`(C, H, W) \to (4C, H/2, W/2),\quad \log|\det \partial y / \partial x| = 0`: space to channels
+    (Dinh et al. 2017, section 3.6 and figure 3).
+
+    Of each channel, a square of 2 x 2 pixels becomes four channels at one position, in reading order: upper left, upper
+    right, lower left, lower right. Channel c becomes the channels 4c, ..., 4c + 3.
+
+    Shapes:
+        ``(..., C, H, W)`` with even H and W to ``(..., 4 C, H / 2, W / 2)``, of any size.
+
+    Raises:
+        ValueError: an odd height or width; on the way back, channels that are not a multiple of four.
+
+    Example:
+        >>> x = torch.arange(16.0).reshape(1, 4, 4)
+        >>> Squeeze()(x)[:, 0, 0]
+        tensor([0., 1., 4., 5.])
+    """
+
+    def __init__(self):
+        super().__init__((None, None, None))
+
+    def forward_and_ladj(self, x, context=None):
+        return squeeze(x), x.new_zeros(x.shape[:-3])
+
+    def inverse_and_ladj(self, y, context=None):
+        return unsqueeze(y), y.new_zeros(y.shape[:-3])
+
+    def forward_shape(self, shape):
+        *batch_shape, channels, height, width = check_event_shape(self, shape, self.event_shape)
+        check_even("Squeeze", (height, width))
+        return torch.Size([*batch_shape, 4 * channels, height // 2, width // 2])
+
+    def inverse_shape(self, shape):
+        *batch_shape, channels, height, width = check_event_shape(self, shape, self.event_shape)
+        if channels % 4:
+            raise ValueError(f"Squeeze.inv expected a multiple of 4 channels; got shape {tuple(shape)}")
+        return torch.Size([*batch_shape, channels // 4, 2 * height, 2 * width])
+
+    def changed_entries(self, changed, *, forward=True):
+        return squeeze(changed) if forward else unsqueeze(changed)

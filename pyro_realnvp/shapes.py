@@ -27,9 +27,50 @@ def check_event_shape(bijection: nn.Module, shape: Sequence[int], event_shape: S
         expected = str(tuple(event_shape)).replace("None", "any size")
         raise ValueError(
             f"{type(bijection).__name__} expected event shape {expected}; got shape {tuple(shape)}: "
-            f"the last {event_dim} axes are the event, all before them the batch"
+            + _remedy(tuple(shape), event_shape)
         )
     return shape
+
+
+def _remedy(shape: tuple[int, ...], event_shape: Sequence[int | None]) -> str:
+    """What is probably wrong with `shape`."""
+
+    def fits(event: tuple[int, ...]) -> bool:
+        return len(event) == len(event_shape) and all(want in (None, got) for want, got in zip(event_shape, event))
+
+    if len(event_shape) == 3 and event_shape[0] is not None:
+        if fits(shape[-1:] + shape[-3:-1]):
+            return "the channels come first: pass x.movedim(-1, -3)"
+        if event_shape[0] == 1 and fits((1,) + shape[-2:]):
+            return "the axis of the one channel is missing: pass x.unsqueeze(-3)"
+    return f"the last {len(event_shape)} axes are the event, all before them the batch"
+
+
+def check_even(what: str, shape: Sequence[int]) -> None:
+    """Raises an error unless the last two of the sizes are even."""
+    height, width = shape[-2:]
+    if height % 2 or width % 2:
+        raise ValueError(
+            f"{what} expected an even height and width; got {height} x {width}: "
+            f"pad the images, e.g. torch.nn.functional.pad(x, (0, {width % 2}, 0, {height % 2}))"
+        )
+
+
+def channel_events(channels: int, event_dim: int) -> tuple[int | None, ...]:
+    """The shape of events whose first axis are the channels, the others of any size."""
+    if event_dim < 1:
+        raise ValueError(f"expected event_dim >= 1: 1 for vectors, 3 for images; got {event_dim}")
+    return (channels,) + (None,) * (event_dim - 1)
+
+
+def along_channels(values: Tensor, event_dim: int) -> Tensor:
+    """A vector with an entry for each channel, so that it broadcasts with events whose first axis are the channels."""
+    return values.reshape(-1, *(1,) * (event_dim - 1))
+
+
+def positions(x: Tensor, event_dim: int) -> int:
+    """How many positions each channel of an event has."""
+    return x.shape[x.dim() - event_dim + 1 :].numel()
 
 
 def check_context(bijection: nn.Module, context: Tensor | None) -> None:
@@ -46,7 +87,9 @@ def check_context(bijection: nn.Module, context: Tensor | None) -> None:
         )
     if not isinstance(context, Tensor) or context.dim() == 0 or context.shape[-1] != width:
         got = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
-        raise ValueError(f"{name} expected a context of shape (..., {width}); got {got}")
+        labels = isinstance(context, Tensor) and not context.is_floating_point()
+        remedy = f": labels enter as torch.nn.functional.one_hot(labels, {width}).float()" if labels else ""
+        raise ValueError(f"{name} expected a context of shape (..., {width}); got {got}{remedy}")
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(context.device.type):
         return
     own = next(bijection.parameters(), context)
@@ -63,3 +106,16 @@ def broadcast_batch(x: Tensor, context: Tensor | None, event_dim: int = 1) -> Te
     batch_dim = x.dim() - event_dim
     batch_shape = torch.broadcast_shapes(x.shape[:batch_dim], context.shape[:-1])
     return x if batch_shape == x.shape[:batch_dim] else x.expand(batch_shape + x.shape[batch_dim:])
+
+
+def squeeze(x: Tensor, factor: int = 2) -> Tensor:
+    """Space to channels: (..., C, H, W) to (..., C f^2, H / f, W / f). (torch's own is wrong on an empty batch.)"""
+    channels, height, width = x.shape[-3:]
+    x = x.reshape(x.shape[:-3] + (channels, height // factor, factor, width // factor, factor))
+    return x.movedim((-3, -1), (-4, -3)).flatten(-5, -3)
+
+
+def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
+    """Channels to space, the inverse of `squeeze`."""
+    x = x.unflatten(-3, (-1, factor, factor)).movedim((-4, -3), (-3, -1))
+    return x.flatten(-4, -3).flatten(-2, -1)

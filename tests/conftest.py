@@ -10,6 +10,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     max_examples=20,
     report_multiple_bugs=False,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # to explain a failure would trace all of torch
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("ci")

@@ -20,6 +20,7 @@ class Case:
     covers: type[rn.Bijection]
     make: Callable  # draw -> Bijection
     plain: bool = True  # whether all parts are our own
+    largest: float = 1e4  # values beyond saturate
 
     def __repr__(self):
         return self.name
@@ -90,6 +91,36 @@ def draw_fitted(draw, cls, fit):
     return fit(cls(dim), 3 * torch.randn(50, dim) + 1)
 
 
+def event_of(f):
+    """The shape of events to test f with: 4 x 2 images where any size fits."""
+    return tuple(n or any_size for n, any_size in zip(f.event_shape, (4, 4, 2)))
+
+
+def draw_image_coupling(draw, cls):
+    channels, parity = draw(st.integers(1, 2)), draw(st.integers(0, 1))
+    mask = draw(st.sampled_from([masks.checkerboard(channels, parity), masks.channelwise(channels + 1, parity)]))
+    context_dim = draw(st.sampled_from([0, 0, 3]), label="context_dim")
+    net = rn.ConvResNet(
+        mask.num_kept, mask.num_changed * cls.outputs_per_entry, 4, num_blocks=1, context_dim=context_dim
+    )
+    return cls(mask, net, context_dim=context_dim)
+
+
+def draw_image_flow(draw):
+    make = draw(st.sampled_from([rn.image_real_nvp, rn.glow]))
+    context = draw(st.sampled_from([{}, {"context_dim": 3}, {"context_image": (1, 4, 4)}]))
+    return make((1, 4, 4), num_scales=draw(st.integers(1, 2)), num_couplings=2, hidden_channels=4, **context)
+
+
+def draw_factor_out(draw):
+    mask = masks.channelwise(draw(st.integers(2, 4)), draw(st.integers(0, 1)))
+    return rn.FactorOut(mask, rn.ActNorm(mask.num_changed, event_dim=3))
+
+
+def draw_on_images(draw, cls, **options):
+    return cls(draw(st.integers(1, 3), label="channels"), event_dim=3, **options)
+
+
 CASES = [
     Case("affine", rn.AffineCoupling, lambda draw: draw_coupling(draw, rn.AffineCoupling)),
     Case("additive", rn.AdditiveCoupling, lambda draw: draw_coupling(draw, rn.AdditiveCoupling)),
@@ -102,6 +133,18 @@ CASES = [
     Case("inverse", rn.Inverse, lambda draw: draw_coupling(draw, rn.AffineCoupling).inv),
     Case("conditioned", rn.Conditioned, lambda draw: rn.real_nvp(3, num_couplings=2, context_dim=2, hidden_dims=(8,))),
     Case("real_nvp", rn.Compose, draw_real_nvp),
+    Case("affine, images", rn.AffineCoupling, lambda draw: draw_image_coupling(draw, rn.AffineCoupling)),
+    Case("additive, images", rn.AdditiveCoupling, lambda draw: draw_image_coupling(draw, rn.AdditiveCoupling)),
+    Case("volume, images", rn.VolumePreservingCoupling, lambda d: draw_image_coupling(d, rn.VolumePreservingCoupling)),
+    Case("linear, images", rn.InvertibleLinear, lambda draw: draw_on_images(draw, rn.InvertibleLinear)),
+    Case("actnorm, images", rn.ActNorm, lambda draw: draw_on_images(draw, rn.ActNorm)),
+    Case("batchnorm, images", rn.BatchNorm, lambda draw: draw_on_images(draw, rn.BatchNorm)),
+    Case("squeeze", rn.Squeeze, lambda draw: rn.Squeeze()),
+    Case("unsqueeze", rn.Inverse, lambda draw: rn.Compose([rn.Squeeze()], event_shape=(1, 4, 2)).inv),
+    Case("logit", rn.Logit, lambda draw: rn.Logit(draw(st.sampled_from([0.05, 0.01, 0.0]))), largest=10.0),
+    Case("factor_out", rn.FactorOut, draw_factor_out),
+    Case("image flow", rn.Inverse, draw_image_flow),
+    Case("pixels", rn.Compose, lambda draw: rn.Compose([draw_image_flow(draw), rn.Logit().inv]), largest=10.0),
     Case("mixed", rn.Compose, draw_mixed, plain=False),
 ]
 
@@ -125,9 +168,15 @@ def bijections(draw, case: Case):
     return f
 
 
+def bounds_of(f: rn.Bijection) -> tuple[float, float]:
+    """The interval of f's inputs."""
+    domain = getattr(f.domain, "base_constraint", f.domain)
+    return (domain.lower_bound, domain.upper_bound) if hasattr(domain, "lower_bound") else (-1e9, 1e9)
+
+
 def fits(f: rn.Bijection, batch_shape) -> bool:
     try:
-        return bool(f.forward_shape(batch_shape + f.event_shape))
+        return f.forward_shape(batch_shape + event_of(f)) is not None
     except ValueError:
         return False
 
@@ -136,6 +185,15 @@ def fits(f: rn.Bijection, batch_shape) -> bool:
 def values(draw, f: rn.Bijection, magnitude: float = 10.0, batch_shapes=((), (0,), (1,), (3,), (2, 3))):
     """An input of f, of any batch shape that broadcasts with the context's."""
     batch_shapes = [shape for shape in batch_shapes if fits(f, shape)]
-    shape = draw(st.sampled_from(batch_shapes), label="batch shape") + f.event_shape
-    elements = st.floats(-magnitude, magnitude, allow_subnormal=False)
+    shape = draw(st.sampled_from(batch_shapes), label="batch shape") + event_of(f)
+    low, high = bounds_of(f)
+    if bounds_of(f.inv)[1] < 1e9:
+        magnitude = min(magnitude, 2.0)  # beyond that its outputs would saturate
+    inside = 1e-3 * (high - low)
+    elements = st.floats(max(low + inside, -magnitude), min(high - inside, magnitude), allow_subnormal=False)
     return torch.from_numpy(draw(arrays(np.float64, shape, elements=elements), label="x")).clone()
+
+
+def outputs(f: rn.Bijection, batch_shapes=((), (1,), (3,), (2, 3))):
+    """An output of f. (Not of an empty batch, which torch cannot validate.)"""
+    return values(f, batch_shapes=batch_shapes).map(lambda x: f.forward_and_ladj(x)[0].detach().clone())

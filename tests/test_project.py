@@ -17,7 +17,7 @@ MODULES = {path.stem: path for path in (ROOT / "pyro_realnvp").glob("*.py") if p
 FLOORS = [
     {"memo", "shapes", "bijection", "masks", "conditioners"},
     {"coupling", "elementwise", "reshape", "normalization", "linear", "compose", "checks"},
-    {"flows", "distributions", "data"},
+    {"flows", "image_flows", "distributions", "dequantization", "data"},
     {"training", "plots"},
 ]
 

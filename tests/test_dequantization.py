@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dequantized: probabilities of integer images against enumeration, in Pyro models, and in training."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from registry import perturb
+from torch import nn
+
+import pyro_realnvp as rn
+
+SHAPE = (1, 2, 2)
+
+
+def tiny_flow():
+    glow = rn.glow(SHAPE, num_scales=1, num_couplings=2, hidden_channels=4)
+    scale = dist.transforms.AffineTransform(0.0, 0.7)  # little mass beyond [0, 1], but some
+    return perturb(rn.Flow(rn.Compose([glow, scale, rn.Logit(0.05).inv])).double(), 0.15).requires_grad_(False).eval()
+
+
+def tiny_noise():
+    noise = rn.image_real_nvp(SHAPE, num_scales=1, num_couplings=2, hidden_channels=4, context_image=SHAPE)
+    base = rn.Base(dist.Normal, loc=torch.zeros(SHAPE), scale=torch.full(SHAPE, 1.6))
+    return rn.Flow(rn.Compose([noise, rn.Logit(0).inv]), base=base).double()
+
+
+def all_images(levels):
+    return torch.cartesian_prod(*[torch.arange(levels)] * 4).reshape(-1, *SHAPE)
+
+
+def probabilities(flow, levels, beyond, points=12):
+    """P of all images, by Gauss-Legendre quadrature over their cells: the outer ones with all beyond [0, 1], or not."""
+    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(points))
+    edges = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
+    if beyond:
+        edges[0], edges[-1] = -0.05 / 0.9, 0.95 / 0.9
+    width = edges.diff()
+    x = (edges[:-1, None] + width[:, None] * (nodes + 1) / 2).flatten()
+    w = (width[:, None] * weights / 2).flatten()
+    grid, mass = torch.cartesian_prod(x, x, x, x), torch.cartesian_prod(w, w, w, w).prod(-1)
+    p = torch.cat([flow().log_prob(rows).exp() for rows in grid.reshape(-1, *SHAPE).split(50_000)]) * mass
+    return p.reshape([levels, points] * 4).sum((1, 3, 5, 7)).flatten()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    flow = tiny_flow()
+    return flow, probabilities(flow, 2, beyond=True), probabilities(flow, 2, beyond=False)
+
+
+def test_the_probabilities_are_those_of_a_distribution(tiny):
+    _, exact, inside = tiny
+    assert exact.sum() == pytest.approx(1.0, abs=5e-3)
+    assert (inside < exact).all() and inside.sum() > 0.8
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_the_bound_lies_below_and_rises_to_the_enumerated_probability(tiny, variational):
+    flow, exact, inside = tiny
+    noise = perturb(tiny_noise(), 0.1).requires_grad_(False) if variational else None
+    images = all_images(2)
+
+    def bound(num_samples, repeats):
+        model = rn.DequantizedFlow(flow, levels=2, noise=noise, num_samples=num_samples)
+        return model().log_prob(images.expand(repeats, -1, *SHAPE)).mean(0)
+
+    one, ten, many = bound(1, 4000), bound(10, 400), bound(20_000, 1)
+    assert (one < inside.log() + 0.05).all() and (one < exact.log()).all()
+    assert (ten > one).all()
+    torch.testing.assert_close(many, inside.log(), atol=0.08, rtol=0)
+    assert (many < exact.log() + 0.02).all()
+
+
+def test_samples_have_the_enumerated_frequencies(tiny):
+    flow, exact, _ = tiny
+    samples = rn.Dequantized(flow(), levels=2).sample((20_000,))
+    assert samples.dtype == torch.int64
+    code = (samples.flatten(1) * torch.tensor([8, 4, 2, 1])).sum(1)
+    frequencies = torch.bincount(code, minlength=16) / len(code)
+    torch.testing.assert_close(frequencies.double(), exact, atol=0.015, rtol=0)
+
+
+def test_variational_noise_raises_the_bound(tiny):
+    flow, _, _ = tiny
+    images = all_images(2)
+    model = rn.DequantizedFlow(flow, levels=2, noise=tiny_noise())
+    optimizer = torch.optim.Adam(model.noise.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = -model().log_prob(images.expand(8, -1, *SHAPE)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        uniform = rn.Dequantized(flow(), levels=2).log_prob(images.expand(500, -1, *SHAPE)).mean()
+        learned = model().log_prob(images.expand(500, -1, *SHAPE)).mean()
+    assert learned > uniform + 0.02
+
+
+def test_samples_are_levels():
+    wide = dist.Normal(torch.full(SHAPE, 0.5), 2.0).to_event(3)  # most of its mass lies outside
+    samples = rn.Dequantized(wide, levels=8).sample((1000,))
+    assert samples.min() == 0 and samples.max() == 7
+    assert rn.Dequantized(wide, levels=8).support.check(samples).all()
+
+
+def test_in_a_pyro_model():
+    flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 4, 4), hidden_channels=4, num_couplings=2), rn.Logit().inv]))
+    images = rn.DequantizedFlow(flow, levels=16)
+    x = torch.randint(16, (6, 1, 4, 4))
+
+    def model(x=None):
+        pyro.module("images", images)
+        with pyro.plate("data", 6):
+            return pyro.sample("image", images(), obs=x)
+
+    assert model().shape == (6, 1, 4, 4)
+    trace = pyro.poutine.trace(model).get_trace(x)
+    trace.compute_log_prob()
+    assert trace.nodes["image"]["log_prob"].shape == (6,)
+    before = [p.clone() for p in images.parameters()]
+    svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(x), svi.step(x)
+    assert any((a != b).any() for a, b in zip(before, images.parameters()))
+    d = images().expand((6,))
+    assert d.sample().shape == (6, 1, 4, 4) and d.log_prob(x).shape == (6,)
+    assert d.to_event(1).log_prob(x).shape == ()
+    assert images(temperature=0.5).sample().shape == (1, 4, 4)
+    assert images(num_samples=3).num_samples == 3
+
+
+def test_dtypes():
+    flow = rn.Flow(rn.Compose([rn.glow(SHAPE, num_scales=1, hidden_channels=4), rn.Logit().inv])).double()
+    for dtype in (torch.uint8, torch.int64, torch.int32):
+        x = torch.ones(3, *SHAPE, dtype=dtype)
+        assert rn.DequantizedFlow(flow, 4)().log_prob(x).dtype == torch.float64
+        assert rn.DequantizedFlow(flow, 4, noise=tiny_noise())().log_prob(x).dtype == torch.float64
+
+
+def test_a_uniform_density_takes_all_bits():
+    d = rn.Dequantized(dist.Uniform(torch.zeros(3, 4, 4), 1.0).to_event(3), levels=256, num_samples=5)
+    bits = rn.bits_per_dim(d.log_prob(torch.randint(256, (7, 3, 4, 4))), (3, 4, 4))
+    torch.testing.assert_close(bits, torch.full((7,), 8.0))
+
+
+def test_noise_of_any_distribution():
+    pixels = dist.Uniform(torch.zeros(SHAPE), 1.0).to_event(3)
+    x = torch.randint(4, (5, *SHAPE))
+    beta = rn.Dequantized(
+        pixels, 4, noise=lambda c: dist.Beta(torch.ones(len(c), *SHAPE), 1.0).to_event(3), num_samples=3
+    )
+    torch.testing.assert_close(beta.log_prob(x), torch.full((5,), -4 * math.log(4)))
+
+
+def test_fit_takes_integer_images():
+    flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 4, 4), hidden_channels=4, num_couplings=2), rn.Logit().inv]))
+    images = rn.DequantizedFlow(flow, levels=16)
+    x = torch.full((200, 1, 4, 4), 5)  # constant: no density of real values, but one of levels
+    for data in (x, x.to(torch.uint8), x.numpy()):
+        history = rn.fit(images, data, num_steps=30, lr=1e-2, progress=False, seed=0)
+    assert history.loss[-1] < history.loss[0]
+    labels = nn.functional.one_hot(torch.randint(3, (200,)), 3).float()
+    flow = rn.Flow(rn.Compose([rn.glow((1, 4, 4), hidden_channels=4, context_dim=3), rn.Logit().inv]))
+    rn.fit(rn.DequantizedFlow(flow, levels=16), x, context=labels, num_steps=3, progress=False)
+
+
+def images_of(**options):
+    flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 4, 4), hidden_channels=4), rn.Logit().inv]))
+    return rn.DequantizedFlow(flow, **({"levels": 16} | options))
+
+
+X = torch.randint(16, (5, 1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: images_of()().log_prob(X.float()),
+            TypeError,
+            r"levels 0, ..., 15; got torch.float32: pass value.long",
+        ),
+        (lambda: images_of()().log_prob(X + 1), ValueError, r"expected levels 0, ..., 15; got values from .* to 16"),
+        (lambda: images_of()().log_prob(X - 1), ValueError, "got values from -1"),
+        (lambda: images_of()().log_prob(X.movedim(1, -1)), ValueError, "movedim"),
+        (lambda: images_of()().log_prob(X[:, 0]), ValueError, "unsqueeze"),
+        (lambda: images_of()().log_prob(torch.zeros(5, 1, 8, 8).long()), ValueError, r"\(1, 4, 4\); got shape"),
+        (lambda: images_of(levels=1)(), ValueError, "levels >= 2"),
+        (lambda: images_of(num_samples=0)(), ValueError, "num_samples >= 1"),
+        (lambda: rn.DequantizedFlow(rn.glow((1, 4, 4))), TypeError, "expected a Flow"),
+        (lambda: rn.fit(images_of(), X.float()), TypeError, "integer levels; got values of torch.float32"),
+        (
+            lambda: rn.fit(images_of(), X.numpy().astype(float)),
+            TypeError,
+            "integer levels; got values of torch.float64",
+        ),
+        (lambda: rn.fit(images_of(), X[:, 0]), ValueError, r"shape \(N, 1, 4, 4\)"),
+        (lambda: rn.fit(images_of(), X + 99, batch_size=2, validation=0), ValueError, "expected levels"),
+        (lambda: rn.fit(images_of().flow, X), TypeError, "got torch.int64"),
+        (
+            lambda: images_of(noise=lambda c: dist.Normal(torch.zeros(5, 1, 4, 4), 9.0).to_event(3))().log_prob(X),
+            ValueError,
+            r"noise in \[0, 1\]; got values outside: let its flow end in Logit\(0\).inv",
+        ),
+        (
+            lambda: images_of(noise=lambda c: dist.Uniform(torch.zeros(5, 16), 1.0).to_event(1))().log_prob(X),
+            ValueError,
+            "noise of shape",
+        ),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
