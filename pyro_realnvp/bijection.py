@@ -9,7 +9,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
-from .memo import Memo
+from .memo import Memo, forget_param_store
 from .shapes import check_context, check_event_shape, real_events
 
 
@@ -155,6 +155,7 @@ class Bijection(TransformModule):
         return Conditioned(self, context)
 
     def __getstate__(self) -> dict:
+        forget_param_store(self)
         return super().__getstate__() | {"_inv": None, "_memo": Memo()}
 
     __repr__ = nn.Module.__repr__

@@ -35,8 +35,12 @@ class Coupling(Bijection):
 
     def _condition_on(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
         """The conditioner's output in parts, each of the changed entries' shape."""
-        out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
         mask = self.mask
+        batch_shape = kept.shape[: kept.dim() - mask.event_dim]
+        if mask.event_dim > 1:  # convolutions take one axis of a batch
+            kept = kept.reshape(-1, *kept.shape[kept.dim() - mask.event_dim :])
+            context = None if context is None else context.expand(*batch_shape, -1).reshape(-1, context.shape[-1])
+        out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
         expected = (mask.num_changed * self.outputs_per_entry,) + kept.shape[kept.dim() - mask.event_dim + 1 :]
         got = tuple(out.shape[out.dim() - mask.event_dim :])
         if got != expected:
@@ -45,6 +49,8 @@ class Coupling(Bijection):
                 f"conditioner, {self.outputs_per_entry} x the {mask.num_changed} that the mask changes; "
                 f"got (..., {', '.join(map(str, got))})"
             )
+        if mask.event_dim > 1:
+            out = out.reshape(batch_shape + out.shape[1:])
         return out.chunk(self.outputs_per_entry, -mask.event_dim)
 
     def _no_ladj(self, x: Tensor) -> Tensor:

@@ -84,6 +84,11 @@ def _as_tensor(flow: nn.Module, values, name: str, *, integer: bool = False) -> 
     if not isinstance(values, Tensor):
         got = f"an array of {values.dtype}" if isinstance(values, np.ndarray) else type(values).__name__
         raise TypeError(f"expected {name} to be a tensor or a floating-point array; got {got}")
+    if name == "context" and not values.is_floating_point():
+        raise TypeError(
+            f"expected context of the flow's {own.dtype}; got {values.dtype}: labels enter as "
+            "torch.nn.functional.one_hot(labels, num_classes).float()"
+        )
     if values.dtype != own.dtype:
         raise TypeError(f"expected {name} of the flow's {own.dtype}; got {values.dtype}: pass {name}.to({own.dtype})")
     if values.device != own.device:

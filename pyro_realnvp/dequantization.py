@@ -24,9 +24,9 @@ class Dequantized(dist.TorchDistribution):
         \quad u_k \sim q(u \mid x),
 
     with q uniform (then at K = 1 the usual uniform dequantisation) or a flow (variational dequantisation). The bound
-    rises to log P with K. A sample is the level in which a sample of p lies. Where p has mass outside of [0, 1], as
-    behind ``Logit(0.05).inv``, this mass belongs to the levels 0 and L - 1, so that samples are always levels and
-    probabilities sum to one.
+    rises with K, to the logarithm of the integral. A sample is the level in which a sample of p lies. Where p has mass
+    outside of [0, 1], as behind ``Logit(0.05).inv``, this mass belongs to the levels 0 and L - 1 too, so that samples
+    are always levels and probabilities sum to one; the bound leaves it out.
 
     Args:
         distribution: of real events scaled to [0, 1]; its batch and event shapes are kept.

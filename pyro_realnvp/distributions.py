@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 
 from .bijection import Bijection
+from .memo import forget_param_store
 from .shapes import check_context, sum_events
 
 
@@ -24,8 +25,8 @@ class FlowDistribution(dist.TransformedDistribution):
         """log p(value) in nats, shaped like the batch."""
         (transform,) = self.transforms
         if self._validate_args and not torch.compiler.is_compiling():  # which cannot branch on values
-            if value.shape[value.dim() - self.event_dim :] != self.event_shape:
-                transform.inverse_shape(value.shape)  # raises an error that says what to do
+            if value.shape[value.dim() - self.event_dim :] != self.event_shape or not value.is_floating_point():
+                transform.check(value, forward=False)  # raises an error that says what to do
             self._validate_sample(value)
         x, ladj = transform.evaluate(value, forward=False, remember=False)
         return self.base_dist.log_prob(x) + self._sum(ladj)
@@ -156,6 +157,10 @@ class Flow(nn.Module):
                 f"expected a base with event shape {tuple(base_shape)}; got {tuple(self.base().event_shape)}: "
                 "declare its axes as events with .to_event()"
             )
+
+    def __getstate__(self) -> dict:
+        forget_param_store(self)
+        return vars(self).copy()
 
     def forward(self, context: Tensor | None = None, *, temperature: float = 1.0) -> FlowDistribution:
         """The distribution, at this context.

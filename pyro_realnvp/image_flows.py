@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ready-made flows of images, from base to data: several scales, half of the channels leaving at each."""
+"""Ready-made flows of images, from base to data: several scales, half of the entries leaving at each."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,10 @@ from .linear import InvertibleLinear
 from .masks import Mask
 from .normalization import ActNorm
 from .reshape import Squeeze
-from .shapes import unsqueeze
+
+
+def _act_norm(channels: int) -> Bijection:
+    return ActNorm(channels, event_dim=3)
 
 
 def image_real_nvp(
@@ -30,15 +33,15 @@ def image_real_nvp(
     max_log_scale: float = 3.0,
     coupling: type[Coupling] = AffineCoupling,
     conditioner: Callable[..., nn.Module] | None = None,
-    between: Callable[[int], Bijection] | None = None,
+    between: Callable[[int], Bijection] | None = _act_norm,
     checkpoint: bool = False,
 ) -> Bijection:
     r"""The multi-scale RealNVP of images, base to data (Dinh et al. 2017, sections 3.4 to 3.6). Identity at birth.
 
     From data to latent, at each scale: ``num_couplings`` couplings with alternating checkerboards, a squeeze,
-    ``num_couplings`` with alternating halves of the channels; then half of the channels leave (eqs. 13-14). At the last
-    scale: one more coupling, all with checkerboards. What has left is put back where it came from, so that the latent
-    is an image of the same shape; :func:`latent_scales` says which entry left where.
+    ``num_couplings`` with alternating halves of the channels; then half of the entries leave, every other pixel of each
+    channel (eqs. 13-14). At the last scale: one more coupling, all with checkerboards. What has left is put back where
+    it came from, so that the latent is an image of the same shape; :func:`latent_scales` says which entry left where.
 
     Its data are real images without bounds. For pixels, put ``Logit().inv`` behind it, and for integer levels wrap the
     :class:`Flow` in a :class:`DequantizedFlow`.
@@ -58,10 +61,11 @@ def image_real_nvp(
         conditioner: makes the networks in place of ``ConvResNet``, given the numbers of channels of input and output
             (and ``context_dim=``, or ``context_image=`` and ``context_scale=``, if there is a context). The last layer
             of each should start at zero.
-        between: makes a bijection of so many channels that stands, from data to latent, before each coupling, e.g.
-            ``lambda channels: ActNorm(channels, event_dim=3)``.
-        checkpoint: compute what happens inside each coupling again in the backward pass instead of keeping it: at depth
-            32 a twentieth of the memory or less, for about a third more time.
+        between: makes a bijection of so many channels that stands, from data to latent, before each coupling: by
+            default an :class:`ActNorm`, which the first training batch initialises. (The paper's has batch
+            normalisation: ``lambda channels: BatchNorm(channels, event_dim=3)``.) ``None`` for none.
+        checkpoint: compute what happens inside each coupling again in the backward pass instead of keeping it: far less
+            memory, for about a third more time.
 
     Raises:
         ValueError: an image shape that is not (C, H, W), too small or too odd for the scales.
@@ -93,8 +97,8 @@ def image_real_nvp(
                 *parts(masks.checkerboard, channels, 2 * scale, num_couplings),
                 Squeeze(),
                 *parts(masks.channelwise, 4 * channels, 2 * scale, num_couplings),
-                FactorOut(masks.channelwise(4 * channels), rest),
                 Squeeze().inv,
+                FactorOut(masks.checkerboard(channels), rest),
             ]
         return Compose(layers, event_shape=shape, checkpoint=checkpoint)
 
@@ -121,7 +125,7 @@ def glow(
     r"""The arrangement of Glow, base to data (Kingma & Dhariwal 2018, figure 2). Identity at birth.
 
     From data to latent, at each scale: a squeeze, then ``num_couplings`` times :class:`ActNorm`, a 1 x 1 convolution
-    (:class:`InvertibleLinear`) and a coupling of the channels; then half of the channels leave. What has left is put
+    (:class:`InvertibleLinear`) and a coupling of the channels; then half of the entries leave. What has left is put
     back where it came from, so that the latent is an image of the same shape.
 
     Args and errors are those of :func:`image_real_nvp`. Of the couplings there are ``num_couplings`` at each scale.
@@ -142,10 +146,11 @@ def glow(
             layers.append(ActNorm(4 * channels, event_dim=3))
             layers.append(InvertibleLinear(4 * channels, event_dim=3))
             layers.append(make(masks.channelwise(4 * channels, k % 2), 2 * scale))
+        layers.append(Squeeze().inv)
         if scales_left > 1:
             rest = recursion(torch.Size([2 * channels, height // 2, width // 2]), 2 * scale, scales_left - 1)
-            layers.append(FactorOut(masks.channelwise(4 * channels), rest))
-        return Compose([*layers, Squeeze().inv], event_shape=shape, checkpoint=checkpoint)
+            layers.append(FactorOut(masks.checkerboard(channels), rest))
+        return Compose(layers, event_shape=shape, checkpoint=checkpoint)
 
     if num_couplings < 2:
         raise ValueError(f"expected num_couplings >= 2, so that every channel is changed; got {num_couplings}")
@@ -165,17 +170,17 @@ def latent_scales(image_shape: Sequence[int], *, num_scales: int | None = None) 
 
     Example:
         >>> latent_scales((1, 4, 4), num_scales=2)
-        tensor([[[1, 1, 1, 1],
-                 [2, 2, 2, 2],
-                 [1, 1, 1, 1],
-                 [2, 2, 2, 2]]])
+        tensor([[[1, 2, 1, 2],
+                 [2, 1, 2, 1],
+                 [1, 2, 1, 2],
+                 [2, 1, 2, 1]]])
     """
     image_shape, num_scales = _checked(image_shape, num_scales)
     scales = torch.full(image_shape, 1)
     if num_scales > 1:
         channels, height, width = image_shape
         later = 1 + latent_scales((2 * channels, height // 2, width // 2), num_scales=num_scales - 1)
-        scales = unsqueeze(masks.channelwise(4 * channels).join(torch.ones_like(later), later))
+        scales = masks.checkerboard(channels).join(torch.ones_like(later), later)
     return scales
 
 

@@ -2,6 +2,8 @@
 """Learned linear maps."""
 
 import torch
+import torch.nn.functional as F
+from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 
 from .bijection import Bijection
@@ -66,3 +68,107 @@ class InvertibleLinear(Bijection):
         columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
         columns = torch.linalg.solve_triangular(upper, columns, upper=True)
         return self._events(columns, y.shape), -self._ladj(y)
+
+
+class TriangularAffine(Bijection):
+    r""":math:`y = \mu + L (m + T x),\quad \log|\det \partial y / \partial x| = \sum \log L_{ii} + \sum \log T_{ii}`:
+    an affine map that is learned in the coordinates in which it starts.
+
+    :math:`\mu` and L (lower triangular) are fixed by :meth:`start_at`, 0 and 1 before; m and T (lower triangular with a
+    positive diagonal) are learned, and start at 0 and 1. So the steps of an optimizer are steps relative to L, however
+    badly scaled and correlated the entries of y are. Everything is saved with the state.
+
+    Args:
+        input_dim: the size D of an event.
+        full: whether T is a triangular matrix; otherwise it is diagonal.
+
+    Shapes:
+        ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
+
+    Example:
+        >>> f = TriangularAffine(2).start_at(torch.tensor([5.0, 0.0]), torch.tensor([[10.0, 0.0], [1.0, 0.5]]))
+        >>> f(torch.ones(2))
+        tensor([15.0000,  1.5000], grad_fn=<...>)
+    """
+
+    def __init__(self, input_dim: int, *, full: bool = True):
+        super().__init__((input_dim,))
+        self.register_buffer("start_loc", torch.zeros(input_dim))
+        self.register_buffer("start_tril", torch.eye(input_dim) if full else torch.ones(input_dim))
+        self.loc = nn.Parameter(torch.zeros(input_dim))
+        self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
+        self.lower = nn.Parameter(torch.zeros(input_dim, input_dim)) if full else None
+
+    @torch.no_grad()
+    def start_at(self, loc: Tensor, scale_tril: Tensor) -> "TriangularAffine":
+        """Sets mu, ``(D,)``, and L, ``(D, D)`` (only its diagonal unless ``full``); returns itself."""
+        diagonal = scale_tril.diagonal()
+        if not loc.isfinite().all() or not scale_tril.isfinite().all() or not (diagonal > 0).all():
+            raise ValueError("expected a finite loc and a finite lower triangular matrix with a positive diagonal")
+        self.start_loc.copy_(loc)
+        self.start_tril.copy_(diagonal if self.lower is None else scale_tril.tril())
+        return self
+
+    def forward_and_ladj(self, x, context=None):
+        x = self.loc + x * self.log_diagonal.exp() + (0.0 if self.lower is None else F.linear(x, self.lower.tril(-1)))
+        y = self.start_loc + (x * self.start_tril if self.lower is None else F.linear(x, self.start_tril))
+        return y, self._ladj().expand(x.shape[:-1])
+
+    def inverse_and_ladj(self, y, context=None):
+        x = y - self.start_loc
+        if self.lower is None:
+            x = (x / self.start_tril - self.loc) * (-self.log_diagonal).exp()
+        else:
+            x = _solve(self.start_tril, x) - self.loc
+            x = _solve(self.lower.tril(-1) + self.log_diagonal.exp().diag(), x)
+        return x, -self._ladj().expand(y.shape[:-1])
+
+    def _ladj(self) -> Tensor:
+        start = self.start_tril if self.lower is None else self.start_tril.diagonal()
+        return start.log().sum() + self.log_diagonal.sum()
+
+    def changed_entries(self, changed, *, forward=True):
+        return changed if self.lower is None else torch.ones_like(changed)
+
+
+def _solve(tril: Tensor, x: Tensor) -> Tensor:
+    """The vectors in the rows of x, divided by a lower triangular matrix."""
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.linalg.solve_triangular(tril.mT, rows, upper=True, left=False).reshape(x.shape)
+
+
+@ConditionalTransform.register
+class ConditionalAffine(Bijection):
+    r""":math:`y = x \odot \exp(s(c)) + t(c),\quad \log|\det \partial y / \partial x| = \sum s`: location and scale
+    from a context, which s and t read through one linear layer. Identity at birth.
+
+    Args:
+        input_dim: the size D of an event.
+        context_dim: width of the context.
+
+    Shapes:
+        ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
+
+    Example:
+        >>> ConditionalAffine(2, context_dim=3).condition(torch.ones(5, 3))(torch.zeros(2)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, input_dim: int, context_dim: int):
+        super().__init__((input_dim,), context_dim=context_dim)
+        self.linear = nn.Linear(context_dim, 2 * input_dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward_and_ladj(self, x, context=None):
+        log_scale, shift = self.linear(context).chunk(2, -1)
+        y = x * log_scale.exp() + shift
+        return y, log_scale.sum(-1).expand(y.shape[:-1])
+
+    def inverse_and_ladj(self, y, context=None):
+        log_scale, shift = self.linear(context).chunk(2, -1)
+        x = (y - shift) * (-log_scale).exp()
+        return x, -log_scale.sum(-1).expand(x.shape[:-1])
+
+    def changed_entries(self, changed, *, forward=True):
+        return changed

@@ -152,3 +152,9 @@ class _Reads:
 
 def _is_cache(name: str) -> bool:
     return name == "_inv" or name.startswith("_cache")
+
+
+def forget_param_store(module: nn.Module) -> None:
+    """Takes off what Pyro's parameter store has hung on the parameters: weak references, which cannot be pickled."""
+    for p in module.parameters():
+        vars(p).pop("unconstrained", None)

@@ -1,52 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maximum likelihood."""
 
-import copy
-import math
-import time
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from .bijection import Bijection
 from .data import Batch, prepare
-
-_SKIPS_BEFORE_RESTORE = 10
-_MAX_RESTORES = 3
-
-
-@dataclass
-class History:
-    """What happened in :func:`fit`. Losses are mean negative log-likelihoods in nats."""
-
-    loss: list[float] = field(default_factory=list)
-    """Of each step; nan where the step was skipped."""
-    validation_steps: list[int] = field(default_factory=list)
-    """The steps after which the averaged weights were validated."""
-    validation_loss: list[float] = field(default_factory=list)
-    """Their loss at each of these steps."""
-    best_step: int = 0
-    """The step whose weights the flow has now."""
-    best_loss: float = math.inf
-    """Their loss: on the held-out rows or, where there are none, the mean since the validation before."""
-    skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite; they changed no weight."""
-    restores: int = 0
-    """How often the best weights were restored after repeated skips, with half the learning rate."""
-    stopped: str = "finished"
-    """``"finished"``, ``"early"`` (the validation loss stopped falling), ``"interrupted"`` (Ctrl-C), ``"diverged"``."""
-    seconds: float = 0.0
-    """Wall-clock time."""
+from .optimization import History, optimize
 
 
 def fit(
@@ -118,121 +82,27 @@ def fit(
     for name, steps in (("num_steps", num_steps), ("validate_every", validate_every)):
         if steps < 1:
             raise ValueError(f"expected {name} >= 1; got {steps}")
-    started = time.perf_counter()
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
     batches, held_out = prepare(flow, x, context, validation, batch_size, generator)
     parameters = [p for p in flow.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the flow has no parameter that requires a gradient: there is nothing to fit")
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
-    schedule = OneCycleLR(optimizer, lr, total_steps=num_steps + 1, pct_start=warmup, cycle_momentum=False)
-    average = _Average(parameters, decay=1 - 1 / max(averaging * num_steps, 1))
-    best = copy.deepcopy(flow.state_dict())
-    history = History()
-    skips_in_a_row = step = 0
-
-    def validate() -> None:
-        nonlocal best
-        recent = [loss for loss in history.loss[-validate_every:] if math.isfinite(loss)]
-        with average.in_place():
-            loss = _mean_loss(flow.eval(), held_out) if held_out else sum(recent) / max(len(recent), 1)
-            flow.train()
-            history.validation_steps.append(step)
-            history.validation_loss.append(loss)
-            if recent and loss < history.best_loss:
-                history.best_loss, history.best_step = loss, step
-                best = copy.deepcopy(flow.state_dict())
-
-    was_training = flow.training
-    flow.train()
-    bar = tqdm(total=num_steps, disable=not progress, unit="step")
-    try:
-        for step in range(1, num_steps + 1):
-            loss = _loss(flow, next(batches))
-            optimizer.zero_grad()
-            loss.backward()
-            total_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-            loss, norm = torch.stack([loss.detach(), total_norm]).tolist()
-            if math.isfinite(loss + norm):
-                if norm > max_grad_norm:
-                    clip_grads_with_norm_(parameters, max_grad_norm, total_norm)
-                optimizer.step()
-                average.restart() if step == 1 else average.update()  # the first pass initialises ActNorm
-                skips_in_a_row = 0
-            else:
-                loss = math.nan
-                history.skipped_steps += 1
-                skips_in_a_row += 1
-            schedule.step()
-            history.loss.append(loss)
-            if skips_in_a_row == _SKIPS_BEFORE_RESTORE:
-                if history.restores == _MAX_RESTORES:
-                    history.stopped = "diverged"
-                    break
-                history.restores += 1
-                skips_in_a_row = 0
-                flow.load_state_dict(best)
-                average.restart()
-                optimizer.state.clear()
-                for group in optimizer.param_groups:
-                    group.update({key: group[key] / 2 for key in ("initial_lr", "max_lr", "min_lr")})
-            if step % validate_every == 0:
-                validate()
-                if held_out and patience is not None and step - history.best_step >= patience:
-                    history.stopped = "early"
-                    break
-            if step % 10 == 0 or step == num_steps:
-                bar.set_postfix(loss=f"{loss:.3f}", best=f"{history.best_loss:.3f}", refresh=False)
-                bar.update(step - bar.n)
-    except KeyboardInterrupt:
-        history.stopped = "interrupted"
-    finally:
-        try:
-            if history.loss and step not in history.validation_steps:
-                validate()
-        finally:
-            flow.load_state_dict(best)
-            flow.train(was_training)
-            bar.close()
-            history.seconds = time.perf_counter() - started
-    if history.skipped_steps:
-        warnings.warn(
-            f"{history.skipped_steps} of {len(history.loss)} steps had a loss or gradient that is not finite and were "
-            f"skipped; the best weights were restored {history.restores} times: lower lr, or rescale x",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return history
-
-
-class _Average:
-    """An exponential moving average of parameters."""
-
-    def __init__(self, parameters: list[Tensor], decay: float):
-        self.parameters = parameters
-        self._move = get_ema_multi_avg_fn(decay)
-        self.restart()
-
-    def restart(self) -> None:
-        self.values = [p.detach().clone() for p in self.parameters]
-
-    def update(self) -> None:
-        self._move(self.values, self.parameters, None)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Puts the average into the parameters for a while."""
-        current = [p.detach().clone() for p in self.parameters]
-        self._copy(self.values)
-        try:
-            yield
-        finally:
-            self._copy(current)
-
-    @torch.no_grad()
-    def _copy(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.parameters, values):
-            p.copy_(value)
+    return optimize(
+        [flow],
+        parameters,
+        lambda: _loss(flow, next(batches)),
+        validation=(lambda: _mean_loss(flow, held_out)) if held_out else None,
+        num_steps=num_steps,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        averaging=averaging,
+        validate_every=validate_every,
+        patience=patience,
+        progress=progress,
+        remedy="lower lr, or rescale x",
+    )
 
 
 def _loss(flow: nn.Module, batch: Batch) -> Tensor:

