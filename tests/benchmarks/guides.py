@@ -205,9 +205,11 @@ def step(*, num_steps: int = 200, rounds: int = 5) -> None:
     pyros, ours = "Pyro: SVI, Adam, AutoNormalizingFlow", "ours: fit_guide, AutoRealNVP"
     calls = {pyros: lambda: [svi.step() for _ in range(num_steps)]}
     calls[ours] = lambda: fit_guide(guide, num_steps=num_steps, **options)
+    whole = "ours: the same, path_derivative=False"
+    calls[whole] = lambda: fit_guide(guide, num_steps=num_steps, path_derivative=False, **options)
     times = interleaved(calls, rounds=rounds)
     rows = []
-    for name, target in ((pyros, None), (ours, 0.5)):
+    for name, target in ((pyros, None), (ours, 0.5), (whole, 0.5)):
         value, median = ratio(times[name], times[pyros]), statistics.median(times[name]) / num_steps
         rows.append([name, f"{median:.2f}", f"{value:.3f}", *verdict(value, target)])
     print_table("10-d funnel, 8 couplings of 2x64, 1 particle: a step", ["", "ms", "/ Pyro", "target", ""], rows)
