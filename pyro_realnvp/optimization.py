@@ -79,16 +79,16 @@ def optimize(
     skips_in_a_row = step = 0
 
     def validate() -> None:
-        recent = [loss for loss in history.loss[-validate_every:] if math.isfinite(loss)]
+        recent = _mean(history.loss[-validate_every:])
         with average.in_place():
-            value = sum(recent) / max(len(recent), 1)
+            value = recent
             if validation is not None:
                 _train(modules, False)
                 value = validation()
                 _train(modules, True)
             history.validation_steps.append(step)
             history.validation_loss.append(value)
-            if (recent or step == 0) and value < history.best_loss + tolerance:
+            if (math.isfinite(recent) or step == 0) and value < history.best_loss + tolerance:
                 history.best_loss, history.best_step = min(value, history.best_loss), step
                 best.save()
 
@@ -134,7 +134,7 @@ def optimize(
                     history.stopped = "early"
                     break
             if step % 10 == 0 or step == num_steps:
-                bar.set_postfix(loss=f"{value:.3f}", best=f"{history.best_loss:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{_mean(history.loss[-50:]):.3f}", best=f"{history.best_loss:.3f}", refresh=False)
                 bar.update(step - bar.n)
     except KeyboardInterrupt:
         history.stopped = "interrupted"
@@ -156,6 +156,12 @@ def optimize(
             stacklevel=3,
         )
     return history
+
+
+def _mean(losses: list[float]) -> float:
+    """The mean of those that are finite, or nan."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _train(modules: Sequence[nn.Module], mode: bool) -> None:

@@ -57,7 +57,7 @@ def fit(
         validate_every: steps between validations.
         patience: stop after so many steps without a better validation loss; ``None`` for never.
         seed: of the batches and the held-out rows; by default drawn from torch's generator.
-        progress: whether to show a progress bar with the current and the best loss.
+        progress: whether to show a progress bar with the mean of the last 50 losses and the best.
 
     Returns:
         The :class:`History`; ``plots.plot_loss`` draws it.

@@ -66,7 +66,7 @@ def fit_guide(
         validate_every: steps between validations.
         patience: stop after so many steps without a better ELBO; ``None`` for never.
         seed: of the draws; by default torch's generator goes on.
-        progress: whether to show a progress bar with the current and the best negative ELBO.
+        progress: whether to show a progress bar with the mean of the last 50 negative ELBOs and the best.
 
     Returns:
         The :class:`History`; ``plots.plot_loss`` draws it.
