@@ -73,15 +73,7 @@ class AmortizedRealNVP(PlainModel, AutoGuide):
         self.context_dim = context_dim
         self._options = {"num_couplings": num_couplings, "hidden_dims": hidden_dims}
 
-    def _setup_prototype(self, *args, **kwargs):
-        super()._setup_prototype(*args, **kwargs)
-        try:
-            self._make_flow(args, kwargs)
-        except BaseException:
-            self.prototype_trace = None  # it is not built
-            raise
-
-    def _make_flow(self, args: tuple, kwargs: dict) -> None:
+    def _make_parameters(self, args: tuple, kwargs: dict) -> None:
         sites = list(self.prototype_trace.iter_stochastic_nodes())
         if not sites:
             raise ValueError("the model has no latent sites: it needs no guide")
@@ -103,12 +95,6 @@ class AmortizedRealNVP(PlainModel, AutoGuide):
         if dim > 1:
             parts.insert(0, real_nvp(dim, context_dim=self.context_dim, **self._options))
         self.flow = Flow(Compose(parts)).to(value)
-
-    def build(self, *args, **kwargs) -> "AmortizedRealNVP":
-        """Looks at the model and makes the parameters; returns itself. Takes what the model takes."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        return self
 
     def get_posterior(self, *args, **kwargs) -> dist.Distribution:
         """The distribution of each row's latents, in unconstrained coordinates."""

@@ -25,6 +25,24 @@ class PlainModel:
             raise RuntimeError("the guide was unpickled without its model: pass model=")
         return self._plain_model[0]
 
+    def build(self, *args, **kwargs) -> "PlainModel":
+        """Looks at the model and makes the parameters; returns itself. Takes what the model takes."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args, **kwargs):
+        super()._setup_prototype(*args, **kwargs)
+        try:
+            self._make_parameters(args, kwargs)
+        except BaseException:
+            self.prototype_trace = None  # it is not built
+            raise
+
+    def _make_parameters(self, args: tuple, kwargs: dict) -> None:
+        """Makes the guide's submodules, with the prototype at hand."""
+        raise NotImplementedError
+
     def _own(self, name: str) -> nn.Module:
         """A submodule, registered with Pyro under a name of its own.
 

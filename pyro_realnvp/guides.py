@@ -21,7 +21,7 @@ from .distributions import FlowDistribution
 from .flows import real_nvp
 from .guide_base import PlainModel
 from .linear import TriangularAffine
-from .particles import constrain
+from .particles import by_site, constrain, run_at
 from .warm_start import Normal, best_normal
 
 _LARGEST_FULL = 100  # beyond it a matrix has more entries than data usually tell
@@ -91,10 +91,10 @@ class AutoRealNVP(PlainModel, AutoContinuous):
 
     def build(self, *args, **kwargs) -> "AutoRealNVP":
         """Looks at the model and makes the parameters; returns itself. Takes what the model takes."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-            if self.master is None:
-                self._create_plates(*args, **kwargs)
+        is_new = self.prototype_trace is None
+        super().build(*args, **kwargs)
+        if is_new and self.master is None:
+            self._create_plates(*args, **kwargs)  # which NeuTra wants
         return self
 
     @property
@@ -103,14 +103,6 @@ class AutoRealNVP(PlainModel, AutoContinuous):
         if self.prototype_trace is None:
             return False
         return bool(self._buffers["fitted"]) or any(p.any() for p in self._modules["transform"].parts[-1].parameters())
-
-    def _setup_prototype(self, *args, **kwargs):
-        super()._setup_prototype(*args, **kwargs)
-        try:
-            self._make_parameters(args, kwargs)
-        except BaseException:
-            self.prototype_trace = None  # it is not built
-            raise
 
     def _make_parameters(self, args: tuple, kwargs: dict) -> None:
         for name, frames in self._cond_indep_stacks.items():
@@ -162,14 +154,13 @@ class AutoRealNVP(PlainModel, AutoContinuous):
         values, ladj = constrain(self, z)
         torch.manual_seed(0)  # of subsamples
         with poutine.block():
-            trace = poutine.trace(poutine.condition(self.plain_model, values)).get_trace(*args, **kwargs)
-        return trace.log_prob_sum() + ladj
+            return run_at(self.plain_model, values, args, kwargs).log_prob_sum() + ladj
 
     @torch.no_grad()
     def _check_start(self, start: Tensor, args: tuple, kwargs: dict) -> None:
         values, _ = constrain(self, start)
         with poutine.block(), pyro.validation_enabled(False), torch.random.fork_rng():
-            trace = poutine.trace(poutine.condition(self.plain_model, values)).get_trace(*args, **kwargs)
+            trace = run_at(self.plain_model, values, args, kwargs)
         trace.compute_log_prob()
         bad = {
             name: site["log_prob_sum"].item()
@@ -201,9 +192,7 @@ class AutoRealNVP(PlainModel, AutoContinuous):
     @torch.no_grad()
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """Draws of each site from the guide, ``(num_samples,) + site shape``."""
-        latents = self.get_posterior().sample((num_samples,))
-        draws = [constrain(self, latent)[0] for latent in latents]
-        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        return by_site(self, self.get_posterior().sample((num_samples,)))
 
     def median(self, *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
         """The posterior median of each latent, from samples."""

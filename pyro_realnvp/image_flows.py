@@ -87,25 +87,15 @@ def image_real_nvp(
             couplings.append(make(mask_of(channels, k % 2), scale))
         return couplings
 
-    def recursion(shape: torch.Size, scale: int, scales_left: int) -> Compose:
-        channels, height, width = shape
-        if scales_left == 1:
-            layers = parts(masks.checkerboard, channels, 2 * scale, num_couplings + 1)
-        else:
-            rest = recursion(torch.Size([2 * channels, height // 2, width // 2]), 2 * scale, scales_left - 1)
-            layers = [
-                *parts(masks.checkerboard, channels, 2 * scale, num_couplings),
-                Squeeze(),
-                *parts(masks.channelwise, 4 * channels, 2 * scale, num_couplings),
-                Squeeze().inv,
-                FactorOut(masks.checkerboard(channels), rest),
-            ]
-        return Compose(layers, event_shape=shape, checkpoint=checkpoint)
+    def layers(channels: int, scale: int, is_last: bool) -> list[Bijection]:
+        if is_last:
+            return parts(masks.checkerboard, channels, scale, num_couplings + 1)
+        checkerboards = parts(masks.checkerboard, channels, scale, num_couplings)
+        return [*checkerboards, Squeeze(), *parts(masks.channelwise, 4 * channels, scale, num_couplings), Squeeze().inv]
 
     if num_couplings < 2:
         raise ValueError(f"expected num_couplings >= 2, so that every pixel is changed; got {num_couplings}")
-    image_shape, num_scales = _checked(image_shape, num_scales)
-    return recursion(image_shape, 1, num_scales).inv
+    return _multi_scale(*_checked(image_shape, num_scales), layers, checkpoint).inv
 
 
 def glow(
@@ -139,23 +129,16 @@ def glow(
         image_shape, coupling, conditioner, hidden_channels, num_blocks, context_dim, context_image, max_log_scale
     )
 
-    def recursion(shape: torch.Size, scale: int, scales_left: int) -> Compose:
-        channels, height, width = shape
-        layers: list[Bijection] = [Squeeze()]
+    def layers(channels: int, scale: int, is_last: bool) -> list[Bijection]:
+        steps: list[Bijection] = []
         for k in range(num_couplings):
-            layers.append(ActNorm(4 * channels, event_dim=3))
-            layers.append(InvertibleLinear(4 * channels, event_dim=3))
-            layers.append(make(masks.channelwise(4 * channels, k % 2), 2 * scale))
-        layers.append(Squeeze().inv)
-        if scales_left > 1:
-            rest = recursion(torch.Size([2 * channels, height // 2, width // 2]), 2 * scale, scales_left - 1)
-            layers.append(FactorOut(masks.checkerboard(channels), rest))
-        return Compose(layers, event_shape=shape, checkpoint=checkpoint)
+            steps += [_act_norm(4 * channels), InvertibleLinear(4 * channels, event_dim=3)]
+            steps.append(make(masks.channelwise(4 * channels, k % 2), scale))
+        return [Squeeze(), *steps, Squeeze().inv]
 
     if num_couplings < 2:
         raise ValueError(f"expected num_couplings >= 2, so that every channel is changed; got {num_couplings}")
-    image_shape, num_scales = _checked(image_shape, num_scales)
-    return recursion(image_shape, 1, num_scales).inv
+    return _multi_scale(*_checked(image_shape, num_scales), layers, checkpoint).inv
 
 
 def latent_scales(image_shape: Sequence[int], *, num_scales: int | None = None) -> Tensor:
@@ -182,6 +165,27 @@ def latent_scales(image_shape: Sequence[int], *, num_scales: int | None = None) 
         later = 1 + latent_scales((2 * channels, height // 2, width // 2), num_scales=num_scales - 1)
         scales = masks.checkerboard(channels).join(torch.ones_like(later), later)
     return scales
+
+
+def _multi_scale(
+    shape: torch.Size,
+    num_scales: int,
+    layers: Callable[[int, int, bool], list[Bijection]],
+    checkpoint: bool,
+    scale: int = 1,
+) -> Compose:
+    """Data to latent: at each scale its layers, then half of the entries leave.
+
+    The layers are made for so many channels, networks on images so many times smaller, and the last scale or not.
+    """
+    channels, height, width = shape
+    leave = []
+    if num_scales > 1:
+        smaller = torch.Size([2 * channels, height // 2, width // 2])
+        rest = _multi_scale(smaller, num_scales - 1, layers, checkpoint, 2 * scale)
+        leave = [FactorOut(masks.checkerboard(channels), rest)]
+    own = layers(channels, 2 * scale, num_scales == 1)
+    return Compose([*own, *leave], event_shape=shape, checkpoint=checkpoint)
 
 
 def _coupling_maker(

@@ -2,7 +2,6 @@
 """NUTS in the coordinates of a guide."""
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-from .particles import constrain, model_of
+from .particles import by_site, frozen, model_of
 
 
 @dataclass
@@ -106,10 +105,8 @@ def neutra(
         raise ValueError(f"expected num_samples >= 4 and num_chains >= 1; got {num_samples} and {num_chains}")
     model = model_of(guide) if model is None else model
     started = time.perf_counter()
-    required = [(p, p.requires_grad) for p in guide.parameters()]
     chains, divergences = [], 0
-    try:
-        guide.requires_grad_(False)  # NUTS wants gradients of the latents only
+    with frozen(guide.parameters()):  # NUTS wants gradients of the latents only
         base = guide.get_base_dist()
         latent = f"{next(iter(guide.prototype_trace.iter_stochastic_nodes()))[0]}_shared_latent"
         for _ in range(num_chains):
@@ -126,18 +123,11 @@ def neutra(
                 initial_params={latent: base.sample()},
                 disable_progbar=not progress,
             )
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*has a different support.*")
-                mcmc.run(*args, **kwargs)
+            mcmc.run(*args, **kwargs)
             with torch.no_grad():
                 chains.append(guide.get_transform()(mcmc.get_samples()[latent]))
             divergences += sum(len(steps) for steps in mcmc.diagnostics()["divergences"].values())
-    finally:
-        for p, was in required:
-            p.requires_grad_(was)
-    with torch.no_grad():
-        draws = [constrain(guide, z)[0] for z in torch.cat(chains)]
-    samples = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    samples = by_site(guide, torch.cat(chains))
     by_chain = {name: values.reshape(num_chains, num_samples, *values.shape[1:]) for name, values in samples.items()}
     return PosteriorSamples(
         samples=samples,

@@ -173,7 +173,8 @@ class _State:
     """A copy of the state of modules and of parameters that may belong to none."""
 
     def __init__(self, modules: Sequence[nn.Module], parameters: list[Tensor]):
-        self.modules, self.parameters = modules, parameters
+        owned = {id(p) for module in modules for p in module.parameters()}
+        self.modules, self.parameters = modules, [p for p in parameters if id(p) not in owned]
         self.save()
 
     def save(self) -> None:

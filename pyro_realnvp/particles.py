@@ -2,7 +2,8 @@
 """A model and its guide, run side by side: their sites, their parameters, many draws at once."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import pyro
 import torch
@@ -61,6 +62,11 @@ def latents(trace: Trace) -> set[str]:
     return {name for name in trace.stochastic_nodes if not _is_plate(trace.nodes[name])}
 
 
+def run_at(model: Callable, values: dict[str, Tensor], args: tuple, kwargs: dict) -> Trace:
+    """A trace of the model at a value for each latent site."""
+    return poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
+
+
 def check_conditioned(trace: Trace, values: dict[str, Tensor]) -> None:
     """Raises an error where a model that got a value for each latent site has others, or lacks one."""
     more, fewer = latents(trace), set(values) - set(trace.nodes)
@@ -92,6 +98,26 @@ def constrain(guide: AutoContinuous, z: Tensor) -> tuple[dict[str, Tensor], Tens
         value = values[site["name"]] = transform(unconstrained)
         total = total + transform.log_abs_det_jacobian(unconstrained, value).sum()
     return values, total
+
+
+@torch.no_grad()
+def by_site(guide: AutoContinuous, latents: Tensor) -> dict[str, Tensor]:
+    """Points in unconstrained coordinates, ``(N, D)``, as N values for each site."""
+    draws = [constrain(guide, z)[0] for z in latents]
+    return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+
+@contextmanager
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """For a while, the parameters require no gradient."""
+    required = [(p, p.requires_grad) for p in parameters]
+    try:
+        for p, _ in required:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, was in required:
+            p.requires_grad_(was)
 
 
 def _is_plate(site: dict) -> bool:

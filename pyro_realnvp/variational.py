@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .guides import AutoRealNVP
 from .optimization import History, optimize
-from .particles import can_vectorize, check_conditioned, constrain, inspect, model_of
+from .particles import can_vectorize, check_conditioned, constrain, frozen, inspect, model_of, run_at
 
 _TOLERANCE = 0.01  # nats: what validation cannot tell from its noise
 
@@ -156,17 +156,12 @@ class _PathDerivative(Trace_ELBO):
         model_trace, guide_trace = super()._get_trace(model, recorded, args, kwargs)
         if not all(guide_trace.nodes[name]["fn"].has_rsample for name in guide_trace.stochastic_nodes):
             return model_trace, guide_trace
-        for p in self.parameters:
-            p.requires_grad_(False)
-        try:
+        with frozen(self.parameters):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*requires_grad=False")  # for this moment only
                 guide_trace = poutine.trace(poutine.replay(guide, recorded.trace)).get_trace(*args, **kwargs)
             guide_trace = prune_subsample_sites(guide_trace)
             guide_trace.compute_score_parts()
-        finally:
-            for p in self.parameters:
-                p.requires_grad_(True)
         return model_trace, guide_trace
 
 
@@ -186,20 +181,11 @@ class _DirectELBO(Trace_ELBO):
         z, ladj = transform.evaluate(noise, forward=True, remember=False)
         log_q = base.log_prob(noise) - ladj
         if self.path_derivative:
-            log_q = self._frozen(guide, z)
+            with frozen(self.parameters):  # log q as a function of z only
+                log_q = guide.get_posterior().log_prob(z)
         nesting = self.max_plate_nesting - (particles > 1)
         latent = z.reshape(particles, *(1,) * nesting, -1) if particles > 1 else z[0]
         values, ladj = constrain(guide, latent)
-        trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
+        trace = run_at(model, values, args, kwargs)
         check_conditioned(trace, values)
         return (log_q.sum() - ladj - trace.log_prob_sum()) / particles
-
-    def _frozen(self, guide: AutoRealNVP, z: Tensor) -> Tensor:
-        """log q(z), as a function of z only."""
-        for p in self.parameters:
-            p.requires_grad_(False)
-        try:
-            return guide.get_posterior().log_prob(z)
-        finally:
-            for p in self.parameters:
-                p.requires_grad_(True)

@@ -48,6 +48,13 @@ def best_normal(
         return total if math.isfinite(total) else -math.inf
 
     best, best_elbo, best_step = start, elbo(start), 0
+
+    def consider(candidate: Normal, step: int) -> None:
+        nonlocal best, best_elbo, best_step
+        value = elbo(candidate)
+        if value > best_elbo:
+            best, best_elbo, best_step = candidate, value, step
+
     scale_tril = start.scale_tril
     x, potential = start.loc, -log_density(start.loc).item()
     for k in range(max_steps):
@@ -57,10 +64,8 @@ def best_normal(
         if not (gradient.isfinite().all() and hessian.isfinite().all()):
             break
         step, scale_tril = _newton(gradient, hessian)
-        for candidate in (Normal(x, scale_tril), Normal(x + step, scale_tril)):
-            value = elbo(candidate)
-            if value > best_elbo:
-                best, best_elbo, best_step = candidate, value, k
+        consider(Normal(x, scale_tril), k)
+        consider(Normal(x + step, scale_tril), k)
         decrement = -(gradient @ step).item()
         if decrement < _ENOUGH:
             break
@@ -73,10 +78,7 @@ def best_normal(
             break
         x, potential = x + size * step, new
     for shrunk in (0.7, 0.5, 0.3, 0.1):  # where the tails are lighter than the curvature at the mode says
-        candidate = Normal(x, shrunk * scale_tril)
-        value = elbo(candidate)
-        if value > best_elbo:
-            best, best_elbo = candidate, value
+        consider(Normal(x, shrunk * scale_tril), max_steps)
     return best
 
 
