@@ -4,6 +4,7 @@
 from . import masks
 from .amortised import AmortizedRealNVP
 from .bijection import Bijection, Conditioned, Inverse
+from .checkpoints import load, save
 from .checks import Report, check_bijection
 from .compose import Compose, FactorOut
 from .conditioners import MLP, ConvResNet

@@ -2,7 +2,6 @@
 """The contract of every bijection: a value comes together with its log-determinant."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from pyro.distributions.conditional import ConditionalTransform
@@ -10,7 +9,9 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
 from .memo import Memo, forget_param_store
-from .shapes import check_context, check_event_shape, real_events
+from .shapes import check_context, check_event_shape, check_value, real_events
+
+_DIRECTIONS = ("forward_and_ladj", "inverse_and_ladj")
 
 
 class Bijection(TransformModule):
@@ -106,33 +107,7 @@ class Bijection(TransformModule):
 
     def check(self, value: Tensor, *, forward: bool) -> None:
         """Raises an error that says what to do where `value` does not fit (shape, dtype, device, missing context)."""
-        name = type(self).__name__
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} expected a tensor; got {type(value).__name__}: pass torch.as_tensor(value)")
-        (self.forward_shape if forward else self.inverse_shape)(value.shape)
-        if not value.is_floating_point():
-            raise TypeError(
-                f"{name} expected floating-point values; got {value.dtype}: pass value.to(torch.float32), "
-                "or score integer levels with Dequantized"
-            )
-        if self.context_dim:
-            raise ValueError(
-                f"{name} expected a context of width {self.context_dim}; got none: "
-                "use f.condition(context), or call a Flow with its context"
-            )
-        if torch.compiler.is_compiling():  # which cannot trace the walk over the parameters
-            return
-        own = next((t for t in chain(self.parameters(), self.buffers()) if t.is_floating_point()), value)
-        if own.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
-            raise TypeError(
-                f"{name} has parameters of {own.dtype}; got values of {value.dtype}: "
-                f"convert the module with .to({value.dtype}) or the values with .to({own.dtype})"
-            )
-        if own.device != value.device:
-            raise ValueError(
-                f"{name} has parameters on {own.device}; got values on {value.device}: "
-                f"move the module with .to({str(value.device)!r}) or the values with .to({str(own.device)!r})"
-            )
+        check_value(self, value, self.forward_shape if forward else self.inverse_shape)
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """The shape of f(x), given that of x."""
@@ -154,9 +129,20 @@ class Bijection(TransformModule):
         """The bijection at a fixed context, of shape ``batch_shape + (context_dim,)``."""
         return Conditioned(self, context)
 
+    def compile(self, **options) -> None:
+        """Compiles both directions, each as one graph (:func:`torch.compile` with ``fullgraph=True`` and the options),
+        for whatever evaluates this bijection from now on. Copies and pickles are uncompiled.
+
+        Layers that are initialised by data, as ActNorm, must be so before.
+        """
+        for name in _DIRECTIONS:
+            method = getattr(type(self), name).__get__(self)
+            self.__dict__[name] = torch.compile(method, fullgraph=True, **options)
+
     def __getstate__(self) -> dict:
         forget_param_store(self)
-        return super().__getstate__() | {"_inv": None, "_memo": Memo()}
+        state = super().__getstate__() | {"_inv": None, "_memo": Memo()}
+        return {name: value for name, value in state.items() if name not in _DIRECTIONS}  # which are compiled
 
     __repr__ = nn.Module.__repr__
 
@@ -184,6 +170,9 @@ class Inverse(Bijection):
 
     def evaluate(self, value, *, forward, remember=True):
         return self.bijection.evaluate(value, forward=not forward, remember=remember)
+
+    def compile(self, **options):
+        self.bijection.compile(**options)
 
     def log_abs_det_jacobian(self, x, y):
         ladj = self.bijection._memo.ladj(self.bijection, y, x)

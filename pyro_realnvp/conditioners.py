@@ -63,6 +63,9 @@ class MLP(nn.Module):
         nn.init.zeros_(self.last.bias)
         self.activation = activation()
 
+    def extra_repr(self) -> str:
+        return "residual" * self.residual
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.first(x)
         if context is not None or self.context_dim:

@@ -102,6 +102,9 @@ class AffineCoupling(Coupling):
             raise ValueError(f"expected max_log_scale > 0; got {max_log_scale}")
         self.max_log_scale = max_log_scale
 
+    def extra_repr(self) -> str:
+        return f"max_log_scale={self.max_log_scale}"
+
     def _log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         raw, shift = self._condition_on(kept, context)
         # Not tanh: its gradient dies exponentially, and a log-scale that once ran into the bound would never come back.

@@ -176,6 +176,9 @@ class DequantizedFlow(nn.Module):
         self.levels, self.num_samples = levels, num_samples
         self.event_shape = flow.event_shape
 
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}"
+
     def forward(
         self, context: Tensor | None = None, *, temperature: float = 1.0, num_samples: int | None = None
     ) -> Dequantized:

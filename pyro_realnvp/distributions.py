@@ -83,6 +83,9 @@ class Base(nn.Module):
             else:
                 self.register_buffer(name, value.clone())
 
+    def extra_repr(self) -> str:
+        return f"{self.distribution.__name__}, learnable={self.learnable}"
+
     def _constrain(self, name: str) -> torch.distributions.Transform:
         return transform_to(self.distribution.arg_constraints[name])
 
@@ -157,6 +160,10 @@ class Flow(nn.Module):
                 f"expected a base with event shape {tuple(base_shape)}; got {tuple(self.base().event_shape)}: "
                 "declare its axes as events with .to_event()"
             )
+
+    def compile(self, **options) -> None:
+        """Compiles the bijection, both ways: see :meth:`Bijection.compile`."""
+        self.bijection.compile(**options)
 
     def __getstate__(self) -> dict:
         forget_param_store(self)

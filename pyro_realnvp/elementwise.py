@@ -89,6 +89,9 @@ class Logit(Bijection):
         self.alpha = alpha
         self.domain = constraints.interval(-alpha / (1 - 2 * alpha), (1 - alpha) / (1 - 2 * alpha))
 
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
     def _ladj(self, y: Tensor) -> Tensor:
         return math.log1p(-2 * self.alpha) + F.softplus(y) + F.softplus(-y)
 

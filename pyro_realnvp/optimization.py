@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop of training: Adam, averaged weights, the best of them kept, bad steps survived."""
+"""The loop of training: Adam, averaged weights, the best of them kept, bad steps survived, stopped and resumed."""
 
-import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
+
+from . import processes
+from .checkpoints import Checkpoint
+from .weights import Average, State
 
 _SKIPS_BEFORE_RESTORE = 10
 _MAX_RESTORES = 3
@@ -40,122 +41,202 @@ class History:
     restores: int = 0
     """How often the best weights were restored after repeated skips, with half the learning rate."""
     stopped: str = "finished"
-    """``"finished"``, ``"early"`` (the validation loss stopped falling), ``"interrupted"`` (Ctrl-C), ``"diverged"``."""
+    """``"finished"``, ``"early"`` (the validation loss stopped falling), ``"callback"`` (one of them said so),
+    ``"interrupted"`` (Ctrl-C), ``"diverged"``."""
     seconds: float = 0.0
-    """Wall-clock time."""
+    """Wall-clock time; after a resumed run that of all its parts."""
 
 
-def optimize(
-    modules: Sequence[nn.Module],
-    parameters: list[Tensor],
-    loss: Callable[[], Tensor],
-    *,
-    validation: Callable[[], float] | None,
-    num_steps: int,
-    lr: float,
-    warmup: float,
-    weight_decay: float,
-    max_grad_norm: float,
-    averaging: float,
-    validate_every: int,
-    patience: int | None,
-    progress: bool,
-    remedy: str,
-    validate_start: bool = False,
-    tolerance: float = 0.0,
-) -> History:
-    """Minimises `loss`, a new draw at each call, over the parameters, and leaves the best of their averages behind.
+Callback = Callable[[History], object]
 
-    The state of the modules and the parameters is what is saved as the best. Without a validation, the mean of the
-    recent losses says which is the best. With `validate_start` training must not end below what is there already.
-    Later weights are preferred to earlier ones whose loss is better by less than `tolerance`.
+
+class Training:
+    """Minimises a loss, and leaves the best of the averaged weights behind.
+
+    The state of the modules and the parameters is what is saved as the best. Later weights are preferred to earlier
+    ones whose loss is better by less than `tolerance`.
     """
-    started = time.perf_counter()
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
-    schedule = OneCycleLR(optimizer, lr, total_steps=num_steps + 1, pct_start=warmup, cycle_momentum=False)
-    average = _Average(parameters, decay=1 - 1 / max(averaging * num_steps, 1))
-    best = _State(modules, parameters)
-    history = History()
-    skips_in_a_row = step = 0
 
-    def validate() -> None:
-        recent = _mean(history.loss[-validate_every:])
-        with average.in_place():
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        parameters: list[Tensor],
+        *,
+        num_steps: int,
+        lr: float,
+        warmup: float,
+        max_grad_norm: float,
+        averaging: float,
+        validate_every: int,
+        patience: int | None,
+        weight_decay: float = 0.0,
+        tolerance: float = 0.0,
+    ):
+        self.modules, self.parameters, self.num_steps = modules, parameters, num_steps
+        self.max_grad_norm, self.tolerance = max_grad_norm, tolerance
+        self.validate_every, self.patience = validate_every, patience
+        self.optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
+        self.schedule = OneCycleLR(
+            self.optimizer, lr, total_steps=num_steps + 1, pct_start=warmup, cycle_momentum=False
+        )
+        self.average = Average(parameters, max(averaging * num_steps, 1))
+        self.best = State(modules, parameters)
+        self.history = History()
+        self.skips_in_a_row = 0
+        self.is_done = False
+
+    @property
+    def step(self) -> int:
+        """How many steps were taken."""
+        return len(self.history.loss)
+
+    def run(
+        self,
+        loss: Callable[[], Tensor],
+        validation: Callable[[], float] | None,
+        *,
+        progress: bool,
+        remedy: str,
+        validate_start: bool = False,
+        callbacks: Sequence[Callback] = (),
+        checkpoint: Checkpoint | None = None,
+    ) -> History:
+        """Takes the steps that are left.
+
+        Args:
+            loss: a new draw at each call.
+            validation: the loss of the weights that are there; by default the mean of the recent losses.
+            remedy: what to do where steps were skipped.
+            validate_start: training must not end below what is there already.
+        """
+        history = self.history
+        started = time.perf_counter() - history.seconds
+        were_training = [module.training for module in self.modules]
+        _train(self.modules, True)
+        bar = tqdm(total=self.num_steps, initial=self.step, unit="step", disable=not progress or processes.rank() > 0)
+        try:
+            if self.step == 0 and validate_start:
+                self._validate(validation)
+            if self.step == 0 and checkpoint:
+                checkpoint.write()  # so that a path that cannot be written is found out at once
+            while not self.is_done:
+                self._take_step(loss)
+                self.is_done = self.step == self.num_steps or history.stopped == "diverged"
+                if self.step % self.validate_every == 0:
+                    self._validate(validation)
+                    if validation and self.patience is not None and self.step - history.best_step >= self.patience:
+                        self._stop("early")
+                if callbacks and processes.agree(any([call(history) is True for call in callbacks])):
+                    self._stop("callback")
+                if self.is_done:
+                    self._validate(validation)
+                if self.step % 10 == 0 or self.is_done:
+                    losses = {"loss": f"{_mean(history.loss[-50:]):.3f}", "best": f"{history.best_loss:.3f}"}
+                    bar.set_postfix(losses, refresh=False)
+                    bar.update(self.step - bar.n)
+                if checkpoint and (self.step % checkpoint.every == 0 or self.is_done):
+                    history.seconds = time.perf_counter() - started
+                    checkpoint.write()
+        except KeyboardInterrupt:
+            if processes.are_many():  # the others do not know of it
+                raise
+            history.stopped = "interrupted"
+        finally:
+            try:
+                if self.step and not processes.are_many():
+                    self._validate(validation)  # what was interrupted
+            finally:
+                self.best.restore()
+                for module, was_training in zip(self.modules, were_training):
+                    module.train(was_training)
+                bar.close()
+                history.seconds = time.perf_counter() - started
+        if history.skipped_steps and processes.rank() == 0:
+            warnings.warn(
+                f"{history.skipped_steps} of {self.step} steps had a loss or gradient that is not finite and were "
+                f"skipped; the best weights were restored {history.restores} times: {remedy}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return history
+
+    def _take_step(self, loss: Callable[[], Tensor]) -> None:
+        history, parameters = self.history, self.parameters
+        step_loss = loss()
+        self.optimizer.zero_grad()
+        step_loss.backward()
+        total_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        value, norm = processes.mean(torch.stack([step_loss.detach(), total_norm])).tolist()
+        if math.isfinite(value + norm):
+            if norm > self.max_grad_norm:
+                clip_grads_with_norm_(parameters, self.max_grad_norm, total_norm)
+            self.optimizer.step()
+            self.skips_in_a_row = 0
+        else:
+            value = math.nan
+            history.skipped_steps += 1
+            self.skips_in_a_row += 1
+        self.schedule.step()
+        history.loss.append(value)
+        if self.step - history.skipped_steps == 1:  # the first, which initialises layers
+            self.average.restart()
+        elif self.step % self.average.every == 0:
+            self.average.update()
+        if self.skips_in_a_row == _SKIPS_BEFORE_RESTORE:
+            self._go_back()
+
+    def _go_back(self) -> None:
+        """Restores the best weights, to go on with half the learning rate."""
+        if self.history.restores == _MAX_RESTORES:
+            self.history.stopped = "diverged"
+            return
+        self.history.restores += 1
+        self.skips_in_a_row = 0
+        self.best.restore()
+        self.average.restart()
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group.update({key: group[key] / 2 for key in ("initial_lr", "max_lr", "min_lr")})
+
+    def _validate(self, validation: Callable[[], float] | None) -> None:
+        history = self.history
+        if history.validation_steps[-1:] == [self.step]:
+            return
+        recent = _mean(history.loss[-self.validate_every :])
+        with self.average.in_place():
             value = recent
             if validation is not None:
-                _train(modules, False)
+                _train(self.modules, False)
                 value = validation()
-                _train(modules, True)
-            history.validation_steps.append(step)
+                _train(self.modules, True)
+            history.validation_steps.append(self.step)
             history.validation_loss.append(value)
-            if (math.isfinite(recent) or step == 0) and value < history.best_loss + tolerance:
-                history.best_loss, history.best_step = min(value, history.best_loss), step
-                best.save()
+            if (math.isfinite(recent) or self.step == 0) and value < history.best_loss + self.tolerance:
+                history.best_loss, history.best_step = min(value, history.best_loss), self.step
+                self.best.save()
 
-    were_training = [module.training for module in modules]
-    _train(modules, True)
-    bar = tqdm(total=num_steps, disable=not progress, unit="step")
-    try:
-        if validate_start:
-            validate()
-        for step in range(1, num_steps + 1):
-            step_loss = loss()
-            optimizer.zero_grad()
-            step_loss.backward()
-            total_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-            value, norm = torch.stack([step_loss.detach(), total_norm]).tolist()
-            if math.isfinite(value + norm):
-                if norm > max_grad_norm:
-                    clip_grads_with_norm_(parameters, max_grad_norm, total_norm)
-                optimizer.step()
-                first = step - history.skipped_steps == 1
-                average.restart() if first else average.update()  # the first pass initialises ActNorm
-                skips_in_a_row = 0
-            else:
-                value = math.nan
-                history.skipped_steps += 1
-                skips_in_a_row += 1
-            schedule.step()
-            history.loss.append(value)
-            if skips_in_a_row == _SKIPS_BEFORE_RESTORE:
-                if history.restores == _MAX_RESTORES:
-                    history.stopped = "diverged"
-                    break
-                history.restores += 1
-                skips_in_a_row = 0
-                best.restore()
-                average.restart()
-                optimizer.state.clear()
-                for group in optimizer.param_groups:
-                    group.update({key: group[key] / 2 for key in ("initial_lr", "max_lr", "min_lr")})
-            if step % validate_every == 0:
-                validate()
-                if validation is not None and patience is not None and step - history.best_step >= patience:
-                    history.stopped = "early"
-                    break
-            if step % 10 == 0 or step == num_steps:
-                bar.set_postfix(loss=f"{_mean(history.loss[-50:]):.3f}", best=f"{history.best_loss:.3f}", refresh=False)
-                bar.update(step - bar.n)
-    except KeyboardInterrupt:
-        history.stopped = "interrupted"
-    finally:
-        try:
-            if history.loss and step not in history.validation_steps:
-                validate()
-        finally:
-            best.restore()
-            for module, was_training in zip(modules, were_training):
-                module.train(was_training)
-            bar.close()
-            history.seconds = time.perf_counter() - started
-    if history.skipped_steps:
-        warnings.warn(
-            f"{history.skipped_steps} of {len(history.loss)} steps had a loss or gradient that is not finite and were "
-            f"skipped; the best weights were restored {history.restores} times: {remedy}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return history
+    def _stop(self, reason: str) -> None:
+        if not self.is_done:
+            self.is_done, self.history.stopped = True, reason
+
+    def state_dict(self) -> dict:
+        return {
+            "best": self.best.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "history": asdict(self.history),
+            "skips_in_a_row": self.skips_in_a_row,
+            "is_done": self.is_done,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best.load_state_dict(state["best"])
+        self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.history = History(**state["history"])
+        self.skips_in_a_row, self.is_done = state["skips_in_a_row"], state["is_done"]
 
 
 def _mean(losses: list[float]) -> float:
@@ -167,53 +248,3 @@ def _mean(losses: list[float]) -> float:
 def _train(modules: Sequence[nn.Module], mode: bool) -> None:
     for module in modules:
         module.train(mode)
-
-
-class _State:
-    """A copy of the state of modules and of parameters that may belong to none."""
-
-    def __init__(self, modules: Sequence[nn.Module], parameters: list[Tensor]):
-        owned = {id(p) for module in modules for p in module.parameters()}
-        self.modules, self.parameters = modules, [p for p in parameters if id(p) not in owned]
-        self.save()
-
-    def save(self) -> None:
-        self.states = [copy.deepcopy(module.state_dict()) for module in self.modules]
-        self.values = [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for module, state in zip(self.modules, self.states):
-            module.load_state_dict(state)
-        for p, value in zip(self.parameters, self.values):
-            p.copy_(value)
-
-
-class _Average:
-    """An exponential moving average of parameters."""
-
-    def __init__(self, parameters: list[Tensor], decay: float):
-        self.parameters = parameters
-        self._move = get_ema_multi_avg_fn(decay)
-        self.restart()
-
-    def restart(self) -> None:
-        self.values = [p.detach().clone() for p in self.parameters]
-
-    def update(self) -> None:
-        self._move(self.values, self.parameters, None)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Puts the average into the parameters for a while."""
-        current = [p.detach().clone() for p in self.parameters]
-        self._copy(self.values)
-        try:
-            yield
-        finally:
-            self._copy(current)
-
-    @torch.no_grad()
-    def _copy(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.parameters, values):
-            p.copy_(value)

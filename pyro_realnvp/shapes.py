@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes: what fits, what broadcasts, what is summed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,37 @@ def along_channels(values: Tensor, event_dim: int) -> Tensor:
 def positions(x: Tensor, event_dim: int) -> int:
     """How many positions each channel of an event has."""
     return x.shape[x.dim() - event_dim + 1 :].numel()
+
+
+def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None:
+    """Raises an error that says what to do where `value` does not fit (shape, dtype, device, missing context)."""
+    name = type(bijection).__name__
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} expected a tensor; got {type(value).__name__}: pass torch.as_tensor(value)")
+    shape_of(value.shape)
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name} expected floating-point values; got {value.dtype}: pass value.to(torch.float32), "
+            "or score integer levels with Dequantized"
+        )
+    if bijection.context_dim:
+        raise ValueError(
+            f"{name} expected a context of width {bijection.context_dim}; got none: "
+            "use f.condition(context), or call a Flow with its context"
+        )
+    if torch.compiler.is_compiling():  # which cannot trace the walk over the parameters
+        return
+    own = next((t for t in chain(bijection.parameters(), bijection.buffers()) if t.is_floating_point()), value)
+    if own.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
+        raise TypeError(
+            f"{name} has parameters of {own.dtype}; got values of {value.dtype}: "
+            f"convert the module with .to({value.dtype}) or the values with .to({own.dtype})"
+        )
+    if own.device != value.device:
+        raise ValueError(
+            f"{name} has parameters on {own.device}; got values on {value.device}: "
+            f"move the module with .to({str(value.device)!r}) or the values with .to({str(own.device)!r})"
+        )
 
 
 def check_context(bijection: nn.Module, context: Tensor | None) -> None:

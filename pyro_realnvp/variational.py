@@ -2,7 +2,7 @@
 """Training of guides: of ours and of Pyro's."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyro
 import torch
@@ -12,7 +12,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from .guides import AutoRealNVP
-from .optimization import History, optimize
+from .optimization import Callback, History, Training
 from .particles import can_vectorize, check_conditioned, constrain, frozen, inspect, model_of, run_at
 
 _TOLERANCE = 0.01  # nats: what validation cannot tell from its noise
@@ -34,6 +34,7 @@ def fit_guide(
     validate_every: int = 100,
     patience: int | None = None,
     seed: int | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
     **kwargs,
 ) -> History:
@@ -66,6 +67,8 @@ def fit_guide(
         validate_every: steps between validations.
         patience: stop after so many steps without a better ELBO; ``None`` for never.
         seed: of the draws; by default torch's generator goes on.
+        callbacks: functions that are called after each step with the :class:`History` so far; one that returns True
+            stops the training.
         progress: whether to show a progress bar with the mean of the last 50 negative ELBOs and the best.
 
     Returns:
@@ -121,22 +124,24 @@ def fit_guide(
     # A step that is not finite is skipped, and no error.
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered")
-        history = optimize(
+        training = Training(
             [module for module in (guide, model) if isinstance(module, nn.Module)],
             parameters,
-            lambda: loss.differentiable_loss(model, guide, *args, **kwargs),
-            validation=validate if validation_particles else None,
             num_steps=num_steps,
             lr=lr,
             warmup=warmup,
-            weight_decay=0.0,
             max_grad_norm=max_grad_norm,
             averaging=averaging,
             validate_every=validate_every,
             patience=patience,
+            tolerance=_TOLERANCE,
+        )
+        history = training.run(
+            lambda: loss.differentiable_loss(model, guide, *args, **kwargs),
+            validate if validation_particles else None,
             progress=progress,
             validate_start=validation_particles > 0,
-            tolerance=_TOLERANCE,
+            callbacks=callbacks,
             remedy="lower lr, or look at the model's supports and priors",
         )
     if isinstance(guide, AutoRealNVP):

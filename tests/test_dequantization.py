@@ -199,7 +199,7 @@ X = torch.randint(16, (5, 1, 4, 4))
         (
             lambda: rn.fit(images_of(), X.numpy().astype(float)),
             TypeError,
-            "integer levels; got values of torch.float64",
+            "integer levels; got values of float64: pass x.astype",
         ),
         (lambda: rn.fit(images_of(), X[:, 0]), ValueError, r"shape \(N, 1, 4, 4\)"),
         (lambda: rn.fit(images_of(), X + 99, batch_size=2, validation=0), ValueError, "expected levels"),

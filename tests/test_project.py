@@ -15,14 +15,18 @@ import pyro_realnvp
 ROOT = Path(__file__).parents[1]
 MODULES = {path.stem: path for path in (ROOT / "pyro_realnvp").glob("*.py") if path.stem != "__init__"}
 FLOORS = [
-    {"memo", "shapes", "bijection", "masks", "conditioners"},
+    {"memo", "shapes", "bijection", "masks", "conditioners", "processes"},
     {"coupling", "elementwise", "reshape", "normalization", "linear", "compose", "checks"},
     {
         "flows",
         "image_flows",
         "distributions",
         "dequantization",
+        "checkpoints",
+        "rows",
         "data",
+        "objective",
+        "weights",
         "optimization",
         "warm_start",
         "particles",

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files: the state of a module, and the state of a training. They are data only; reading one runs no code."""
+
+import copy
+import difflib
+import io
+import os
+import pickle
+import random
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import processes
+from .masks import Mask
+
+_FORMAT, _VERSION = "pyro_realnvp", 1
+_MODULE, _TRAINING = "the state of a module", "the state of a training"
+
+
+def save(module: nn.Module, path: str | os.PathLike) -> None:
+    """Writes the state of a :class:`Flow`, or of any other module, to a file: all parameters, masks, permutations and
+    statistics, and a description of the architecture.
+
+    The file is replaced as a whole: whatever happens, there is the old one or the new one.
+
+    Args:
+        module: a :class:`Flow`, :class:`DequantizedFlow`, :class:`AutoRealNVP`, a bijection, or any module.
+        path: the file.
+
+    Raises:
+        RuntimeError: the file cannot be written; the one that was there is as before.
+
+    Example:
+        >>> import tempfile
+        >>> from pyro_realnvp import Flow, real_nvp
+        >>> path = tempfile.mkdtemp() + "/flow.pt"
+        >>> save(Flow(real_nvp(2)), path)
+        >>> flow = load(Flow(real_nvp(2)), path)
+    """
+    write(path, _MODULE, {"architecture": describe(module), "state": module.state_dict()})
+
+
+def load(module: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Reads the file of :func:`save` into a module of the same architecture, on the module's device; returns it.
+
+    The file is read as data (``weights_only=True``): one from a stranger runs no code.
+
+    Args:
+        module: built by the same code as the one that was saved.
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RuntimeError: it is damaged, or holds more than data.
+        ValueError: it is no file of :func:`save`, or holds another architecture or dtype. The module is as before.
+    """
+    content = read(path, _MODULE)
+    check_architecture(module, content["architecture"], content["state"], path)
+    module.load_state_dict(content["state"])
+    return module
+
+
+def write(path: str | os.PathLike, kind: str, content: dict) -> None:
+    """Puts a new file in the place of the old one, if there is one."""
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(path.name + ".tmp")
+    buffer = io.BytesIO()  # not straight into the file: torch's writer does not survive a full disk
+    torch.save({"format": _FORMAT, "version": _VERSION, "kind": kind} | content, buffer)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise RuntimeError(f"{path} could not be written ({error}): what was there before is unchanged") from error
+
+
+def read(path: str | os.PathLike, kind: str) -> dict:
+    """The content of a file of this kind, on the CPU."""
+    with open(path, "rb") as file:
+        try:
+            damaged = zipfile.ZipFile(file).testzip()  # the checksums, which torch.load passes over
+        except zipfile.BadZipFile:
+            damaged = "it does not end as it should"
+        if damaged:
+            raise RuntimeError(
+                f"{path} is no file of pyro_realnvp, or was truncated or changed ({damaged}): take a copy, or remove it"
+            )
+        file.seek(0)
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise RuntimeError(
+                f"{path} was not loaded, since it holds more than tensors and plain values, which could run code: "
+                "pyro_realnvp writes no such file"
+            ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no file of pyro_realnvp: was it written by torch.save?")
+    if content.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} has the format of version {content.get('version')}, but this pyro_realnvp reads {_VERSION}: "
+            "read it with the release that wrote it"
+        )
+    if content.get("kind") != kind:
+        raise ValueError(f"expected {kind} in {path}; got {content.get('kind')}")
+    return content
+
+
+def describe(module: nn.Module) -> list[str]:
+    """The architecture, as far as it is no state: the class and the plain options of each submodule."""
+    lines = []
+    for name, part in module.named_modules():
+        options = "" if isinstance(part, Mask) else part.extra_repr()  # the state holds masks
+        lines.append(re.sub(r" at 0x\w+", "", f"{name}: {type(part).__name__}({options})"))
+    return lines
+
+
+def check_architecture(module: nn.Module, lines: list[str], state: Mapping, path: str | os.PathLike) -> None:
+    """Raises an error where a module differs from a saved one: in layers, options, shapes or dtypes."""
+    problem = _difference(describe(module), lines) or _difference(_shapes(module.state_dict()), _shapes(state))
+    if problem:
+        raise ValueError(
+            f"{path} holds another architecture: {problem}. Build the module with the options that it was saved with"
+        )
+
+
+def _shapes(state: Mapping) -> list[str]:
+    return [f"{name}: {tuple(v.shape)} of {v.dtype}" for name, v in state.items() if isinstance(v, Tensor)]
+
+
+def _difference(here: list[str], there: list[str]) -> str:
+    """The first difference, in words."""
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, here, there, autojunk=False).get_opcodes():
+        if tag != "equal":
+            mine, theirs = "; ".join(here[i : min(j, i + 3)]), "; ".join(there[k : min(m, k + 3)])
+            return f"here is {mine or 'nothing'}, where the file has {theirs or 'nothing'}"
+    return ""
+
+
+class Checkpoint:
+    """The file of a training: what was found in it, and the way to write it anew.
+
+    Of many processes the first reads and writes it.
+    """
+
+    def __init__(self, path: str | os.PathLike, every: int):
+        if every < 1:
+            raise ValueError(f"expected checkpoint_every >= 1; got {every}")
+        self.path, self.every = path, every
+        is_there = processes.rank() == 0 and os.path.exists(path)
+        self.found = processes.agree(read(path, _TRAINING) if is_there else None)
+
+    def connect(self, module: nn.Module, settings: dict, **parts) -> None:
+        """Says what is to be written, and brings all of it into the state that was found.
+
+        Args:
+            module: what is trained.
+            settings: plain values that must be the same as in the file.
+            parts: objects with a state.
+        """
+        self.settings, self.parts = settings, {"module": module} | parts
+        if self.found is None:
+            return
+        theirs = self.found["settings"]
+        differences = [f"{k}={theirs.get(k)!r} there, {v!r} here" for k, v in settings.items() if theirs.get(k) != v]
+        if differences:
+            raise ValueError(
+                f"{self.path} belongs to another training: {'; '.join(differences)}. Pass what it was begun with to "
+                "go on with it, or another path"
+            )
+        check_architecture(module, self.found["architecture"], self.found["parts"]["module"], self.path)
+        before = copy.deepcopy(module.state_dict())
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.found["parts"][name])
+            if len(self.found["random"]) == processes.count():
+                set_random_state(self.found["random"][processes.rank()])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            module.load_state_dict(before)
+            raise RuntimeError(
+                f"{self.path} does not hold a whole training ({error!r}): it was changed. Take a copy, or remove it"
+            ) from error
+
+    def write(self) -> None:
+        content = {
+            "settings": self.settings,
+            "architecture": describe(self.parts["module"]),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "random": processes.gather(random_state()),
+        }
+        if processes.rank() == 0:
+            write(self.path, _TRAINING, content)
+
+
+def random_state() -> dict:
+    """The state of the generators of torch, numpy and Python."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": [name, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])

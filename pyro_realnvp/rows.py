@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of data: checked once, read when they are needed."""
+
+import math
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .dequantization import DequantizedFlow
+
+_ENTRIES_PER_PASS = 2**20
+_ROWS_PER_PASS = 4096
+_MARKED_ROWS = 1000
+
+
+class Batch(NamedTuple):
+    x: Tensor
+    context: Tensor | None = None
+    weights: Tensor | None = None
+
+
+class Rows:
+    """Checked rows of x, with their contexts and weights. Memory-mapped arrays stay where they are."""
+
+    def __init__(self, flow: nn.Module, x, context=None, weights=None):
+        self.own = next(flow.parameters())
+        x = _checked(self.own, x, "x", integer=isinstance(flow, DequantizedFlow))
+        event_shape = tuple(getattr(flow, "event_shape", x.shape[1:]))
+        if not x.ndim or tuple(x.shape[1:]) != event_shape:
+            raise ValueError(f"expected x of shape (N, {', '.join(map(str, event_shape))}); got {tuple(x.shape)}")
+        if len(x) < 2:
+            raise ValueError(f"expected at least two rows of x; got {len(x)}")
+        if context is not None:
+            context = _checked(self.own, context, "context")
+            if tuple(context.shape[:1]) != (len(x),):
+                raise ValueError(
+                    f"expected a context for each of the {len(x)} rows of x; got shape {tuple(context.shape)}"
+                )
+        self.columns = Batch(x, context, None if weights is None else _normalized(weights, len(x)))
+        self._check_values()
+
+    def __len__(self) -> int:
+        return len(self.columns.x)
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        """These rows, in the flow's dtype and on its device."""
+        return Batch(*(None if values is None else self._tensor(values, rows) for values in self.columns))
+
+    def _tensor(self, values: Tensor | np.ndarray, rows: Tensor) -> Tensor:
+        if isinstance(values, np.ndarray):
+            values = torch.from_numpy(values[rows.numpy()])
+        else:
+            values = values[rows.to(values.device)]
+        if values.is_floating_point():
+            values = values.to(self.own.dtype)
+        if self.own.is_cuda and not values.is_cuda:
+            values = values.pin_memory()
+        return values.to(self.own.device, non_blocking=True)
+
+    def _check_values(self) -> None:
+        """Reads all rows once."""
+        first = self[torch.arange(1)].x.flatten()
+        bad, varies = dict.fromkeys(Batch._fields, 0), torch.zeros_like(first, dtype=torch.bool)
+        for batch in self.in_order(torch.arange(len(self))):
+            varies |= (batch.x.flatten(1) != first).any(0)
+            for name, values in zip(Batch._fields, batch):
+                if values is not None:
+                    bad[name] += int((~values.reshape(len(values), -1).isfinite()).any(1).sum())
+        for name, number in bad.items():
+            if number:
+                raise ValueError(
+                    f"expected finite values; got nan or inf in {number} of {len(self)} rows of {name}: drop them"
+                )
+        constant = (~varies).nonzero().squeeze(-1).tolist()
+        if constant and first.is_floating_point():  # levels may be constant: dequantisation adds noise
+            raise ValueError(f"columns {constant[:10]} of x are constant and have no density: drop them or add noise")
+
+    def in_order(self, rows: Tensor) -> Iterator[Batch]:
+        """The rows in large batches, for one pass."""
+        entries = max(math.prod(self.columns.x.shape[1:]), 1)
+        for some in rows.split(min(_ROWS_PER_PASS, max(1, _ENTRIES_PER_PASS // entries))):
+            yield self[some]
+
+    def weight(self, rows: Tensor) -> float:
+        return float(self.columns.weights[rows].sum())
+
+    def mark(self) -> int:
+        """A number that tells these rows from others: a checksum of some of them."""
+        some = self[torch.linspace(0, len(self) - 1, min(len(self), _MARKED_ROWS)).long()]
+        parts = [values.cpu().double().numpy().tobytes() for values in some if values is not None]
+        return zlib.crc32(str(len(self)).encode() + b"".join(parts))
+
+
+def _checked(own: Tensor, values, name: str, *, integer: bool = False) -> Tensor | np.ndarray:
+    """Values that can be read row by row: a tensor, or a memory-mapped array as it is."""
+    is_array = isinstance(values, np.ndarray)
+    if not is_array and not isinstance(values, Tensor):
+        kind = "integer levels" if integer else "a tensor or a floating-point array"
+        raise TypeError(f"expected {name} to be {kind}; got {type(values).__name__}")
+    is_floating = np.issubdtype(values.dtype, np.floating) if is_array else values.is_floating_point()
+    if integer and (is_floating or (is_array and not np.issubdtype(values.dtype, np.integer))):
+        remedy = f"{name}.astype(int)" if is_array else f"{name}.long()"
+        raise TypeError(f"expected {name} to hold integer levels; got values of {values.dtype}: pass {remedy}")
+    if is_array:
+        if not integer and not is_floating:
+            raise TypeError(f"expected {name} to be a tensor or a floating-point array; got an array of {values.dtype}")
+        if isinstance(values, np.memmap):
+            return values
+        return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    if name == "context" and not is_floating:
+        raise TypeError(
+            f"expected context of the flow's {own.dtype}; got {values.dtype}: labels enter as "
+            "torch.nn.functional.one_hot(labels, num_classes).float()"
+        )
+    if not integer and values.dtype != own.dtype:
+        raise TypeError(f"expected {name} of the flow's {own.dtype}; got {values.dtype}: pass {name}.to({own.dtype})")
+    if values.device.type != "cpu" and values.device != own.device:
+        raise ValueError(f"the flow is on {own.device}, {name} on {values.device}: move one of them with .to()")
+    return values
+
+
+def _normalized(weights, num_rows: int) -> Tensor:
+    """Weights with a mean of 1."""
+    weights = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights).double()
+    if weights.shape != (num_rows,):
+        raise ValueError(f"expected a weight for each of the {num_rows} rows of x; got shape {tuple(weights.shape)}")
+    if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
+        raise ValueError("expected finite weights >= 0, of which some are positive")
+    return weights / weights.mean()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of weights: the best so far, and the average."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+class State:
+    """A copy of the state of modules and of parameters that may belong to none."""
+
+    def __init__(self, modules: Sequence[nn.Module], parameters: list[Tensor]):
+        owned = {id(p) for module in modules for p in module.parameters()}
+        self.modules, self.parameters = modules, [p for p in parameters if id(p) not in owned]
+        self.save()
+
+    def save(self) -> None:
+        self.states = [copy.deepcopy(module.state_dict()) for module in self.modules]
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for module, state in zip(self.modules, self.states):
+            module.load_state_dict(state)
+        for p, value in zip(self.parameters, self.values):
+            p.copy_(value)
+
+    def state_dict(self) -> dict:
+        return {"states": self.states, "values": self.values}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.states, self.values = state["states"], state["values"]
+
+
+class Average:
+    """An exponential moving average of parameters, with a time constant in steps."""
+
+    def __init__(self, parameters: list[Tensor], time_constant: float):
+        self.every = int(min(10, max(1, time_constant / 20)))  # steps between updates, since each reads every weight
+        self.parameters = nn.ParameterList(parameters)
+        decay = 1 - self.every / time_constant
+        self.model = AveragedModel(self.parameters, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def restart(self) -> None:
+        self.model.n_averaged.zero_()
+        self.update()
+
+    def update(self) -> None:
+        self.model.update_parameters(self.parameters)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the average into the parameters for a while."""
+        current = [p.detach().clone() for p in self.parameters]
+        self._copy(list(self.model.parameters()))
+        try:
+            yield
+        finally:
+            self._copy(current)
+
+    @torch.no_grad()
+    def _copy(self, values: list[Tensor]) -> None:
+        for p, value in zip(self.parameters, values):
+            p.copy_(value)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings that give the same result in one process and in many. Under torchrun each writes its results to a file."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import pyro_realnvp as rn
+
+X = torch.randn(400, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3 + 1
+C = torch.randn(400, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+WEIGHTS = torch.rand(400, generator=torch.Generator().manual_seed(2))
+
+
+def processes():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def train(data=X, **options):
+    torch.manual_seed(rank())  # each has other weights, until they are given those of the first
+    between = lambda dim: rn.ActNorm(dim).inv  # noqa: E731
+    context_dim = 2 if "context" in options else 0
+    flow = rn.Flow(rn.real_nvp(3, num_couplings=4, hidden_dims=(8,), between=between, context_dim=context_dim)).double()
+    options = {"num_steps": 40, "validate_every": 10, "seed": 0, "batch_size": 48, "progress": False} | options
+    history = rn.fit(flow, data, **options)
+    return {
+        "weights": torch.cat([p.detach().flatten() for p in flow.parameters()]).tolist(),
+        "loss": history.loss,
+        "validation_loss": history.validation_loss,
+        "best_step": history.best_step,
+        "stopped": history.stopped,
+    }
+
+
+def loader():
+    sampler = DistributedSampler(TensorDataset(X), processes(), rank(), drop_last=True)
+    return DataLoader(TensorDataset(X), batch_size=48 // processes(), sampler=sampler, drop_last=True)
+
+
+def stop_on_the_first(history):
+    return rank() == 0 and len(history.loss) == 25
+
+
+def refused(**options):
+    try:
+        train(**options)
+    except ValueError as error:
+        return {"refused": str(error) if processes() > 1 else ""}
+    return {"refused": ""}
+
+
+CASES = {
+    "rows": train,
+    "context and weights": lambda: train(context=C, weights=WEIGHTS),
+    "loader": lambda: train(loader(), validation=X[:101]),
+    "early": lambda: train(validation=-X, patience=10),
+    "callback": lambda: train(callbacks=[stop_on_the_first]),
+    "compiled": lambda: train(compile=True),
+    "no sampler": lambda: refused(data=DataLoader(TensorDataset(X), batch_size=24)),
+    "odd batch": lambda: refused(batch_size=33),
+}
+
+
+def killed_once(folder):
+    """The second process kills itself, once."""
+
+    def kill(history):
+        if rank() == 1 and len(history.loss) == 25 and not (folder / "was_killed").exists():
+            (folder / "was_killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return train(checkpoint=folder / "run.pt", checkpoint_every=10, callbacks=[kill])
+
+
+if __name__ == "__main__":
+    folder, which = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    cases = CASES if which == "all" else {which: lambda: killed_once(folder)}
+    results = {name: case() for name, case in cases.items()}
+    (folder / f"{which}_{rank()}.json").write_text(json.dumps(results))
+    distributed.destroy_process_group()
