@@ -13,6 +13,7 @@ from .dequantization import Dequantized, DequantizedFlow, bits_per_dim, interpol
 from .diagnosis import Diagnosis, diagnose
 from .distributions import Base, Flow, FlowDistribution
 from .elementwise import Logit, Standardize
+from .estimator import RealNVPDensity
 from .flows import real_nvp
 from .guides import AutoRealNVP
 from .image_flows import glow, image_real_nvp, latent_scales
@@ -22,6 +23,7 @@ from .neutra import PosteriorSamples, neutra
 from .normalization import ActNorm, BatchNorm
 from .optimization import History
 from .reshape import Permute, Squeeze
+from .support import Unbound
 from .training import fit
 from .variational import fit_guide
 

@@ -164,9 +164,9 @@ def _are_rows(x) -> bool:
 
 def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[int]]:
     if isinstance(validation, tuple):
-        rows = Rows(flow, *validation)
+        rows = Rows(flow, *validation, train=False)
     elif _are_rows(validation):
-        rows = Rows(flow, validation)
+        rows = Rows(flow, validation, train=False)
     else:
         return Stream(flow, validation), []
     return HeldOut(rows, torch.arange(len(rows))), [rows.mark()]

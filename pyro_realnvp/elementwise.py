@@ -35,13 +35,13 @@ class Standardize(Bijection):
         self.register_buffer("std", torch.ones(input_dim))
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> "Standardize":
-        """Sets mean and standard deviation to those of x, ``(..., D)``; returns itself.
+    def fit(self, x: Tensor, weights: Tensor | None = None) -> "Standardize":
+        """Sets mean and standard deviation to those of x, ``(..., D)``, whose rows may have weights; returns itself.
 
         Raises:
             ValueError: fewer than two rows, values that are not finite, or a constant column.
         """
-        mean, std = column_statistics(x, self.event_shape[0])
+        mean, std = column_statistics(x, self.event_shape[0], weights)
         constant = (std == 0).nonzero().squeeze(-1).tolist()
         if constant:
             raise ValueError(f"columns {constant} are constant and cannot be standardised: drop them or add noise")
@@ -108,7 +108,7 @@ class Logit(Bijection):
         return changed
 
 
-def column_statistics(x: Tensor, input_dim: int) -> tuple[Tensor, Tensor]:
+def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each column of x, ``(..., input_dim)``; errors as in `Standardize.fit`.
 
     The deviation of a constant column is exactly 0.
@@ -119,5 +119,9 @@ def column_statistics(x: Tensor, input_dim: int) -> tuple[Tensor, Tensor]:
     bad = (~rows.isfinite()).any(-1).sum()
     if bad:
         raise ValueError(f"expected finite values; got nan or inf in {bad} of {len(rows)} rows")
-    std = torch.where((rows == rows[0]).all(0), 0.0, rows.std(0))
-    return rows.mean(0), std
+    weights = torch.ones_like(rows[:, 0]) if weights is None else weights.to(rows).reshape(-1)
+    weights = weights / weights.sum()
+    mean = weights @ rows
+    variance = weights @ (rows - mean).square() * (len(rows) / (len(rows) - 1))
+    std = torch.where((rows == rows[0]).all(0), 0.0, variance.sqrt())
+    return mean, std

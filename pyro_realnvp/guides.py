@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 
 import pyro
 import pyro.distributions as dist
-import pyro.distributions.transforms as T
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import biject_to
 
 from .bijection import Bijection
@@ -22,6 +21,7 @@ from .flows import real_nvp
 from .guide_base import PlainModel
 from .linear import TriangularAffine
 from .particles import by_site, constrain, run_at
+from .splines import spline_flow
 from .warm_start import Normal, best_normal
 
 _LARGEST_FULL = 100  # beyond it a matrix has more entries than data usually tell
@@ -125,7 +125,10 @@ class AutoRealNVP(PlainModel, AutoContinuous):
         if not full:  # the best diagonal normal has the deviations of each coordinate given all others
             deviations = torch.linalg.inv(normal.scale_tril).square().sum(0).rsqrt()
             normal = Normal(normal.loc, deviations.diag())
-        flow = self._init_flow_fn(dim) if self._init_flow_fn else _default_flow(dim, **self._options)
+        if self._init_flow_fn:
+            flow = self._init_flow_fn(dim)
+        else:
+            flow = real_nvp(dim, **self._options) if dim > 1 else spline_flow()
         self.register_buffer("fitted", torch.tensor(False))
         self.transform = Compose([flow.to(start), affine.start_at(*normal)])
 
@@ -202,17 +205,6 @@ class AutoRealNVP(PlainModel, AutoContinuous):
         """Posterior quantiles of each latent, from samples: ``(len(quantiles),) + site shape``."""
         levels = torch.as_tensor(quantiles, dtype=torch.float64)
         return {name: values.quantile(levels.to(values), dim=0) for name, values in self.sample(num_samples).items()}
-
-
-def _default_flow(dim: int, num_couplings: int, hidden_dims: Sequence[int] | None) -> Bijection:
-    if dim > 1:
-        return real_nvp(dim, num_couplings=num_couplings, hidden_dims=hidden_dims)
-    spline = T.Spline(1, count_bins=16, bound=5.0)
-    with torch.no_grad():
-        for p in spline.parameters():
-            nn.init.zeros_(p)
-        spline.unnormalized_derivatives.fill_(math.log(math.expm1(1.0 - 1e-3)))  # slope 1, with what it adds
-    return Compose([spline])
 
 
 def _with_fallback(init_loc_fn: Callable) -> Callable:

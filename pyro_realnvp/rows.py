@@ -24,16 +24,19 @@ class Batch(NamedTuple):
 
 
 class Rows:
-    """Checked rows of x, with their contexts and weights. Memory-mapped arrays stay where they are."""
+    """Checked rows of x, with their contexts and weights. Memory-mapped arrays stay where they are.
 
-    def __init__(self, flow: nn.Module, x, context=None, weights=None):
+    Rows to train on must be two or more, and must differ in each column.
+    """
+
+    def __init__(self, flow: nn.Module, x, context=None, weights=None, *, train: bool = True):
         self.own = next(flow.parameters())
         x = _checked(self.own, x, "x", integer=isinstance(flow, DequantizedFlow))
         event_shape = tuple(getattr(flow, "event_shape", x.shape[1:]))
         if not x.ndim or tuple(x.shape[1:]) != event_shape:
             raise ValueError(f"expected x of shape (N, {', '.join(map(str, event_shape))}); got {tuple(x.shape)}")
-        if len(x) < 2:
-            raise ValueError(f"expected at least two rows of x; got {len(x)}")
+        if len(x) < 1 + train:
+            raise ValueError(f"expected at least {'two rows' if train else 'one row'} of x; got {len(x)}")
         if context is not None:
             context = _checked(self.own, context, "context")
             if tuple(context.shape[:1]) != (len(x),):
@@ -41,7 +44,7 @@ class Rows:
                     f"expected a context for each of the {len(x)} rows of x; got shape {tuple(context.shape)}"
                 )
         self.columns = Batch(x, context, None if weights is None else _normalized(weights, len(x)))
-        self._check_values()
+        self._check_values(train)
 
     def __len__(self) -> int:
         return len(self.columns.x)
@@ -61,7 +64,7 @@ class Rows:
             values = values.pin_memory()
         return values.to(self.own.device, non_blocking=True)
 
-    def _check_values(self) -> None:
+    def _check_values(self, train: bool) -> None:
         """Reads all rows once."""
         first = self[torch.arange(1)].x.flatten()
         bad, varies = dict.fromkeys(Batch._fields, 0), torch.zeros_like(first, dtype=torch.bool)
@@ -76,7 +79,7 @@ class Rows:
                     f"expected finite values; got nan or inf in {number} of {len(self)} rows of {name}: drop them"
                 )
         constant = (~varies).nonzero().squeeze(-1).tolist()
-        if constant and first.is_floating_point():  # levels may be constant: dequantisation adds noise
+        if constant and train and first.is_floating_point():  # levels may be constant: dequantisation adds noise
             raise ValueError(f"columns {constant[:10]} of x are constant and have no density: drop them or add noise")
 
     def in_order(self, rows: Tensor) -> Iterator[Batch]:

@@ -2,7 +2,7 @@
 """Maximum likelihood."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -40,6 +40,7 @@ def fit(
     seed: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 200,
+    augment: Callable[[Tensor], Tensor] | None = None,
     callbacks: Sequence[Callback] = (),
     compile: bool | str = False,
     device: torch.device | str | None = None,
@@ -83,6 +84,7 @@ def fit(
             it was stopped: on a CPU to the same result, bit for bit, as if it had not been. If the training in the file
             is complete, its result is loaded.
         checkpoint_every: steps between checkpoints.
+        augment: changes each batch x that is trained on, such as by noise or by flipping images.
         callbacks: functions that are called after each step with the :class:`History` so far, whose
             ``len(history.loss)`` is the step; one that returns True stops the training.
         compile: whether to compile the loss with :func:`torch.compile`, or its mode, such as ``"reduce-overhead"`` for
@@ -148,6 +150,8 @@ def fit(
 
     def loss() -> Tensor:
         batch = next(batches)
+        if augment is not None:
+            batch = batch._replace(x=augment(batch.x))
         if not all(layer.initialized for layer in normalizations):
             _initialize(flow, batch)
         return objective(*batch)

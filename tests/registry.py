@@ -97,6 +97,12 @@ def draw_fitted(draw, cls, fit):
     return fit(cls(dim), 3 * torch.randn(50, dim) + 1)
 
 
+def draw_bounds(draw):
+    kinds = draw(st.lists(st.sampled_from(["real", "below", "above", "both"]), min_size=1, max_size=4))
+    low = [-2.0 if kind in ("below", "both") else -torch.inf for kind in kinds]
+    return rn.Unbound(low, [3.0 if kind in ("above", "both") else torch.inf for kind in kinds])
+
+
 def event_of(f):
     """The shape of events to test f with: 4 x 2 images where any size fits."""
     return tuple(n or any_size for n, any_size in zip(f.event_shape, (4, 4, 2)))
@@ -150,6 +156,7 @@ CASES = [
     Case("squeeze", rn.Squeeze, lambda draw: rn.Squeeze()),
     Case("unsqueeze", rn.Inverse, lambda draw: rn.Compose([rn.Squeeze()], event_shape=(1, 4, 2)).inv),
     Case("logit", rn.Logit, lambda draw: rn.Logit(draw(st.sampled_from([0.05, 0.01, 0.0]))), largest=10.0),
+    Case("unbound", rn.Unbound, draw_bounds, largest=10.0),
     Case("factor_out", rn.FactorOut, draw_factor_out),
     Case("image flow", rn.Inverse, draw_image_flow),
     Case("pixels", rn.Compose, lambda draw: rn.Compose([draw_image_flow(draw), rn.Logit().inv]), largest=10.0),
@@ -179,7 +186,10 @@ def bijections(draw, case: Case):
 def bounds_of(f: rn.Bijection) -> tuple[float, float]:
     """The interval of f's inputs."""
     domain = getattr(f.domain, "base_constraint", f.domain)
-    return (domain.lower_bound, domain.upper_bound) if hasattr(domain, "lower_bound") else (-1e9, 1e9)
+    if not hasattr(domain, "lower_bound"):
+        return -1e9, 1e9
+    low, high = torch.as_tensor(domain.lower_bound).max(), torch.as_tensor(domain.upper_bound).min()
+    return max(low.item(), -1e9), min(high.item(), 1e9)
 
 
 def fits(f: rn.Bijection, batch_shape) -> bool:
@@ -197,7 +207,7 @@ def values(draw, f: rn.Bijection, magnitude: float = 10.0, batch_shapes=((), (0,
     low, high = bounds_of(f)
     if bounds_of(f.inv)[1] < 1e9:
         magnitude = min(magnitude, 2.0)  # beyond that its outputs would saturate
-    inside = 1e-3 * (high - low)
+    inside = 1e-3 * min(high - low, 10.0)
     elements = st.floats(max(low + inside, -magnitude), min(high - inside, magnitude), allow_subnormal=False)
     return torch.from_numpy(draw(arrays(np.float64, shape, elements=elements), label="x")).clone()
 

@@ -27,8 +27,8 @@ def base_of(f, validate_args=None):
     zeros = torch.zeros(event_of(f), dtype=torch.float64)
     low, high = bounds_of(f)
     base = dist.Normal(zeros, 1.0, validate_args=validate_args)
-    if high < 1e9:
-        base = dist.Uniform(zeros + low, zeros + high, validate_args=validate_args)
+    if low > -1e9 or high < 1e9:
+        base = dist.Uniform(zeros + max(low, -50.0), zeros + min(high, 50.0), validate_args=validate_args)
     return base.to_event(f.domain.event_dim)
 
 

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 MODULES = {path.stem: path for path in (ROOT / "pyro_realnvp").glob("*.py") if path.stem != "__init__"}
 FLOORS = [
     {"memo", "shapes", "bijection", "masks", "conditioners", "processes"},
-    {"coupling", "elementwise", "reshape", "normalization", "linear", "compose", "checks"},
+    {"coupling", "elementwise", "support", "reshape", "normalization", "linear", "compose", "checks"},
     {
         "flows",
+        "splines",
         "image_flows",
         "distributions",
         "dequantization",
@@ -32,7 +33,7 @@ FLOORS = [
         "particles",
         "guide_base",
     },
-    {"training", "plots", "guides", "variational", "diagnosis", "neutra", "amortised"},
+    {"training", "plots", "guides", "variational", "diagnosis", "neutra", "amortised", "estimator"},
 ]
 
 

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The density estimator for scikit-learn."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
+from torch import Tensor
+
+from .compose import Compose
+from .distributions import Flow
+from .elementwise import Standardize
+from .flows import real_nvp
+from .splines import spline_flow
+from .support import Unbound, bounds_of
+from .training import fit
+
+_ROWS_PER_PASS = 4096
+
+
+class RealNVPDensity(DensityMixin, BaseEstimator):
+    r"""A normalizing flow as a scikit-learn estimator: :math:`\log p(x) = \log p_0(f^{-1}(x)) +
+    \log|\det \partial f^{-1} / \partial x|`, of maximum likelihood (Dinh et al. 2017, eqs. 2-8).
+
+    Entries are brought to the real line, standardised by the rows that are trained on, and modelled by
+    :func:`real_nvp`; all of this is in the one fitted :class:`Flow`, which gives densities in the units of X. A part of
+    the rows is held out to choose the best weights. The rows that are trained on get noise, which fades away as
+    training goes on: the fewer the rows, the earlier, and with the more noise, are the best weights found. A single
+    column is modelled by a spline.
+
+    Args:
+        support: where the entries of a row can be: ``"real"``, ``"positive"`` or a pair (low, high), of which either
+            may be None; or a sequence of such, one for each column; or a dict of those that are not real, by the
+            column's name or number.
+        noise: standard deviation of the noise at the start of the training, as a fraction of that of the rows in each
+            direction; 0 for none.
+        num_couplings, hidden_dims: as in :func:`real_nvp`.
+        num_steps, batch_size, lr, weight_decay, patience, compile: as in :func:`fit`.
+        validation: the fraction of the rows that is held out; 0 for none.
+        device: where to train and to evaluate; by default the CPU.
+        random_state: an int, a numpy generator or None.
+        verbose: whether to show a progress bar.
+
+    Attributes:
+        flow_ (Flow): the fitted flow, in the units and the precision of X.
+        history_ (History): what happened in training; ``plots.plot_loss`` draws it.
+        n_features_in_ (int): the number of columns.
+        feature_names_in_ (ndarray): their names, where X had any.
+        n_context_in_ (int): the number of columns of the context, 0 for none.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> X = load_iris().data
+        >>> density = RealNVPDensity(support="positive", num_steps=20, random_state=0).fit(X)
+        >>> density.score_samples(X[:5]).shape, density.sample(3, random_state=0).shape
+        ((5,), (3, 4))
+    """
+
+    def __init__(
+        self,
+        *,
+        support="real",
+        noise: float = 0.5,
+        num_couplings: int = 16,
+        hidden_dims: Sequence[int] | None = None,
+        num_steps: int = 2000,
+        batch_size: int = 256,
+        lr: float = 5e-3,
+        weight_decay: float = 0.0,
+        validation: float = 0.1,
+        patience: int | None = 1000,
+        compile: bool = False,
+        device: str | None = None,
+        random_state=None,
+        verbose: bool = False,
+    ):
+        self.support = support
+        self.noise = noise
+        self.num_couplings = num_couplings
+        self.hidden_dims = hidden_dims
+        self.num_steps = num_steps
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.validation = validation
+        self.patience = patience
+        self.compile = compile
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X, y=None, *, context=None, sample_weight=None) -> "RealNVPDensity":
+        """Fits a new flow.
+
+        Args:
+            X: ``(n_samples, n_features)``, an array or a data frame.
+            y: ignored.
+            context: ``(n_samples, n_context)``: the density of a row of X is that given its row of the context.
+            sample_weight: ``(n_samples,)``, not negative.
+
+        Raises:
+            ValueError: missing or infinite values, a constant column, values outside of the support, too few rows.
+
+        Warns:
+            RuntimeWarning: steps were skipped.
+        """
+        X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=3)
+        self.n_context_in_ = 0 if context is None else np.shape(context)[-1]
+        context = self._check_context(context, X)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, X, dtype=X.dtype, ensure_non_negative=True)
+        random = check_random_state(self.random_state)
+        order = random.permutation(len(X) if sample_weight is None else np.flatnonzero(sample_weight))
+        num_held_out = max(1, int(self.validation * len(order))) if self.validation else 0
+        if len(order) - num_held_out < 2:
+            raise ValueError(f"expected two rows to train on; got {len(order)}, of which {num_held_out} are held out")
+        held_out, rows = order[:num_held_out], order[num_held_out:]
+        bounds = bounds_of(self.support, X.shape[1], getattr(self, "feature_names_in_", ()))
+        self.low_, self.high_ = (np.array(side, X.dtype) for side in bounds)
+        outside = ~self._is_inside(X)
+        if outside.any():
+            raise ValueError(
+                f"{outside.sum()} of {len(X)} rows of X lie outside of the support, such as {X[outside][0]}: "
+                "pass another support=, or drop them"
+            )
+        if context is not None:
+            self.context_mean_ = np.average(context[rows], 0, None if sample_weight is None else sample_weight[rows])
+            scale = context[rows].std(0)
+            self.context_scale_ = np.where(scale > 0, scale, 1)
+        columns = (X, self._standard_context(context), sample_weight)
+        with _seeded(random, self.device):
+            train, apart = ([c if c is None else self._tensor(c[p]) for c in columns] for p in (rows, held_out))
+            x, context, weights = train
+            flow = self._make_flow(x, weights)
+            self.history_ = fit(
+                flow,
+                x,
+                context=context,
+                weights=weights,
+                validation=tuple(apart) if num_held_out else 0,
+                augment=self._add_noise(flow, x) if self.noise else None,
+                num_steps=self.num_steps,
+                batch_size=min(self.batch_size, len(x)),
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                patience=self.patience,
+                compile=self.compile,
+                progress=bool(self.verbose),
+            )
+        self.flow_ = flow.eval()
+        return self
+
+    def score_samples(self, X, *, context=None) -> np.ndarray:
+        """log p of each row, in nats: ``(n_samples,)``; -inf outside of the support.
+
+        Args:
+            X: ``(n_samples, n_features)``.
+            context: ``(n_samples, n_context)``, if there was one in :meth:`fit`.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=self.low_.dtype, reset=False)
+        context = self._standard_context(self._check_context(context, X))
+        scores = np.full(len(X), -np.inf, dtype=X.dtype)
+        inside = np.flatnonzero(self._is_inside(X))
+        with torch.no_grad():
+            for rows in np.array_split(inside, math.ceil(len(inside) / _ROWS_PER_PASS) or 1):
+                density = self.flow_() if context is None else self.flow_(self._tensor(context[rows]))
+                scores[rows] = density.log_prob(self._tensor(X[rows])).cpu().numpy() if len(rows) else 0.0
+        return scores
+
+    def score(self, X, y=None, *, context=None, sample_weight=None) -> float:
+        """The mean of :meth:`score_samples`: the higher, the better."""
+        return float(np.average(self.score_samples(X, context=context), weights=sample_weight))
+
+    def sample(self, n_samples: int = 1, random_state=None, *, context=None) -> np.ndarray:
+        """Draws rows: ``(n_samples, n_features)``.
+
+        Args:
+            n_samples: how many.
+            random_state: an int, a numpy ``RandomState`` or None.
+            context: ``(1, n_context)``, the same for all, or ``(n_samples, n_context)``.
+        """
+        check_is_fitted(self)
+        if n_samples < 1:
+            raise ValueError(f"expected n_samples >= 1; got {n_samples}")
+        if context is not None:
+            context = check_array(context, dtype=self.low_.dtype, input_name="context")
+            context = np.broadcast_to(context, (n_samples, context.shape[1]))
+        context = self._standard_context(self._check_context(context, np.empty((n_samples, 0), self.low_.dtype)))
+        with _seeded(check_random_state(random_state), self.device), torch.no_grad():
+            if context is None:
+                return self.flow_().sample((n_samples,)).cpu().numpy()
+            return self.flow_(self._tensor(context)).sample().cpu().numpy()
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def _make_flow(self, x: Tensor, weights: Tensor | None) -> Flow:
+        """From the base to X: what is learned, and on the way back to the units of X."""
+        dim = x.shape[1]
+        options = {"context_dim": self.n_context_in_, "hidden_dims": self.hidden_dims}
+        learned = real_nvp(dim, num_couplings=self.num_couplings, **options) if dim > 1 else spline_flow(**options)
+        low, high = self._tensor(self.low_), self._tensor(self.high_)
+        bounds = [Unbound(low, high)] if (low.isfinite() | high.isfinite()).any() else []
+        standardize = Standardize(dim).to(x).fit(Compose(bounds)(x) if bounds else x, weights)
+        return Flow(Compose([learned, standardize.inv, *(f.inv for f in bounds)])).to(x)
+
+    def _add_noise(self, flow: Flow, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Noise that is distributed as the rows are, but for a factor that falls to zero."""
+        to_data = Compose(flow.bijection.parts[1:])
+        variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov()))
+        factor = directions * variances.clamp(min=0).sqrt()
+        steps = itertools.count()
+
+        def add(x: Tensor) -> Tensor:
+            size = self.noise * max(0.0, 1 - next(steps) / self.num_steps) ** 2
+            return to_data(to_data.inv(x) + size * torch.randn_like(x) @ factor.T)
+
+        return add
+
+    def _standard_context(self, context: np.ndarray | None) -> np.ndarray | None:
+        return None if context is None else (context - self.context_mean_) / self.context_scale_
+
+    def _check_context(self, context, X: np.ndarray) -> np.ndarray | None:
+        if context is not None:
+            context = check_array(context, dtype=X.dtype, input_name="context")
+            check_consistent_length(X, context)
+        expected, got = self.n_context_in_, 0 if context is None else context.shape[1]
+        if got != expected:
+            raise ValueError(f"expected a context of {expected or 'no'} columns, as in fit; got {got or 'none'}")
+        return context
+
+    def _is_inside(self, X: np.ndarray) -> np.ndarray:
+        return ((X > self.low_) & (X < self.high_)).all(1)
+
+
+@contextmanager
+def _seeded(random: np.random.RandomState, device: torch.device | str | None) -> Iterator[None]:
+    """Torch's generators, seeded for a while."""
+    devices = [device] if device is not None and torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(random.randint(2**31)))
+        yield

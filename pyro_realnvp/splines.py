@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flows in one dimension, where there is nothing to couple: Pyro's rational splines."""
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions.transforms as T
+import torch
+from pyro.distributions.conditional import ConditionalTransform
+from torch import nn
+
+from .bijection import Bijection
+from .compose import Compose
+from .linear import ConditionalAffine
+
+_BINS, _BOUND = 16, 5.0
+_SLOPE_ONE = math.log(math.expm1(1.0 - 1e-3))  # with the smallest slope, which Pyro adds
+
+
+def spline_flow(context_dim: int = 0, hidden_dims: Sequence[int] | None = None) -> Compose:
+    """A flow of one entry: a monotonic spline, the identity at birth."""
+    if context_dim:
+        spline = _ConditionalSpline(context_dim, hidden_dims or (32, 32))
+        return Compose([spline, ConditionalAffine(1, context_dim)])
+    spline = T.Spline(1, count_bins=_BINS, bound=_BOUND)
+    with torch.no_grad():
+        for p in spline.parameters():
+            nn.init.zeros_(p)
+        spline.unnormalized_derivatives.fill_(_SLOPE_ONE)
+    return Compose([spline])
+
+
+@ConditionalTransform.register
+class _ConditionalSpline(Bijection):
+    """A spline whose knots a network reads from the context."""
+
+    def __init__(self, context_dim: int, hidden_dims: Sequence[int]):
+        super().__init__((1,), context_dim=context_dim)
+        self.spline = T.conditional_spline(1, context_dim, list(hidden_dims), _BINS, _BOUND, order="quadratic")
+        last = self.spline.nn.layers[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        with torch.no_grad():
+            last.bias[2 * _BINS :] = _SLOPE_ONE
+
+    def forward_and_ladj(self, x, context=None):
+        spline = self.spline.condition(context)
+        y = spline(x)
+        return y, spline.log_abs_det_jacobian(x, y).sum(-1)
+
+    def inverse_and_ladj(self, y, context=None):
+        spline = self.spline.condition(context)
+        x = spline.inv(y)
+        return x, -spline.log_abs_det_jacobian(x, y).sum(-1)

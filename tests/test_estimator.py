@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scikit-learn estimator, against its conventions and against known densities."""
+
+import pickle
+
+import joblib
+import numpy as np
+import pandas
+import pytest
+import sklearn
+import torch
+from scipy import stats
+from sklearn.base import clone
+from sklearn.datasets import load_iris, make_moons
+from sklearn.decomposition import PCA
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import pyro_realnvp as rn
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(300, 2)) @ [[1.0, 0.8], [0.0, 0.5]] * [1.0, 100.0] + [5.0, -300.0]
+
+
+def small(**options):
+    return rn.RealNVPDensity(
+        **({"num_couplings": 4, "hidden_dims": (8,), "num_steps": 50, "random_state": 0} | options)
+    )
+
+
+@parametrize_with_checks(
+    [small(num_couplings=2, num_steps=5), small(num_couplings=2, num_steps=5, support=(-1e6, None))]
+)
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+# -- densities against the truth -------------------------------------------------------------------------------------
+
+
+def test_a_gaussian_is_found_in_its_own_units():
+    truth = stats.multivariate_normal(X.mean(0), np.cov(X.T))
+    density = small(num_steps=400, num_couplings=6).fit(X)
+    assert density.score(X) == pytest.approx(truth.logpdf(X).mean(), abs=0.1)
+    samples = density.sample(5000, random_state=1)
+    np.testing.assert_allclose(samples.mean(0), X.mean(0), atol=0.15 * X.std(0).max())
+    assert np.corrcoef(samples.T)[0, 1] == pytest.approx(np.corrcoef(X.T)[0, 1], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("support", "low", "high"),
+    [
+        ("real", -9, 9),
+        ("positive", 0, 40),
+        ([(0, 1), (-1, None)], (0, -1), (1, 40)),
+        ({1: (None, 2)}, (-9, -40), (9, 2)),
+    ],
+)
+def test_densities_integrate_to_one(support, low, high):
+    low, high = np.broadcast_to(low, 2), np.broadcast_to(high, 2)
+    start, end = np.maximum(low, -1.5), np.minimum(high, 1.5)
+    data = start + (end - start) * RNG.beta(2, 2, size=(300, 2))
+    density = small(support=support).fit(data)
+    edges = [np.linspace(a, b, 1501) for a, b in zip(low, high)]
+    middles = [(edge[1:] + edge[:-1]) / 2 for edge in edges]
+    grid = np.stack(np.meshgrid(*middles, indexing="ij"), -1).reshape(-1, 2)
+    cell = np.prod([edge[1] - edge[0] for edge in edges])
+    assert np.exp(density.score_samples(grid)).sum() * cell == pytest.approx(1, abs=5e-3)
+
+
+def test_one_column_is_a_spline():
+    data = np.concatenate([RNG.normal(-2, 0.3, 500), RNG.normal(2, 0.3, 500)])[:, None]
+    density = small(num_steps=600).fit(data)
+    grid = np.linspace(-6, 6, 2000)[:, None]
+    truth = np.logaddexp(stats.norm(-2, 0.3).logpdf(grid), stats.norm(2, 0.3).logpdf(grid)) - np.log(2)
+    p = np.exp(density.score_samples(grid))
+    assert p.sum() * (grid[1, 0] - grid[0, 0]) == pytest.approx(1, abs=1e-3)
+    assert np.abs(p - np.exp(truth[:, 0])).mean() < 0.03
+    assert density.sample(7).shape == (7, 1)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_conditional_density(dim):
+    context = RNG.normal(3, 10, size=(1000, 2))
+    data = 0.5 * context[:, :1] + RNG.normal(0, 0.2, size=(1000, dim))
+    density = small(num_steps=600, noise=0.1).fit(data, context=context)
+    test_context = RNG.normal(3, 10, size=(500, 2))
+    test_data = 0.5 * test_context[:, :1] + RNG.normal(0, 0.2, size=(500, dim))
+    entropy = dim * stats.norm(0, 0.2).entropy()
+    assert density.score(test_data, context=test_context) == pytest.approx(-entropy, abs=0.25)
+    assert density.sample(400, context=[[20.0, 0.0]]).mean() == pytest.approx(10, abs=0.3)
+    draws = density.sample(3, context=[[20.0, 0.0], [-20.0, 0.0], [0.0, 0.0]])
+    np.testing.assert_allclose(draws.mean(1), [10, -10, 0], atol=1.0)
+
+
+def test_weights_are_those_of_the_rows():
+    """Half of the rows, the left ones, weigh nothing."""
+    data = np.concatenate([RNG.normal(-5, 1, size=(300, 2)), RNG.normal(5, 1, size=(300, 2))])
+    weights = np.repeat([0.0, 2.0], 300)
+    density = small(num_steps=200).fit(data, sample_weight=weights)
+    np.testing.assert_allclose(density.sample(1000, random_state=0).mean(0), 5, atol=0.4)
+    assert density.score(data, sample_weight=weights) == pytest.approx(density.score(data[300:]))
+    np.testing.assert_allclose(density.flow_.bijection.parts[1].inv.mean, 5, atol=0.2)
+    thrice = small(num_steps=200).fit(data[300:], sample_weight=np.repeat([1.0, 3.0], 150))
+    assert thrice.score(data[450:]) > thrice.score(data[300:450]) - 0.5
+
+
+# -- supports --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_outside_of_the_support():
+    data = np.stack([RNG.exponential(size=300), RNG.uniform(2, 3, 300), RNG.normal(size=300)], 1)
+    density = small(support=["positive", (2, 3), "real"]).fit(data)
+    samples = density.sample(2000, random_state=0)
+    assert (samples[:, 0] > 0).all()
+    assert ((samples[:, 1] > 2) & (samples[:, 1] < 3)).all()
+    scores = density.score_samples([[1.0, 2.5, 0.0], [-1.0, 2.5, 0.0], [1.0, 3.0, 0.0], [0.0, 2.5, 0.0]])
+    assert np.isfinite(scores).tolist() == [True, False, False, False]
+    assert (scores[1:] == -np.inf).all()
+    assert density.score_samples(data[:1] - 1000).tolist() == [-np.inf]
+
+
+def test_supports_by_the_names_of_columns():
+    frame = pandas.DataFrame(
+        {"age": RNG.exponential(size=100), "share": RNG.uniform(size=100), "z": RNG.normal(size=100)}
+    )
+    density = small(support={"age": "positive", "share": (0, 1)}).fit(frame)
+    assert density.feature_names_in_.tolist() == ["age", "share", "z"]
+    assert density.low_.tolist() == [0, 0, -np.inf]
+    assert density.high_.tolist() == [np.inf, 1, np.inf]
+    assert density.score_samples(frame).shape == (100,)
+    with pytest.raises(ValueError, match="feature names"):
+        density.score_samples(frame[["z", "age", "share"]])
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        ("positive", r"300 of 300 rows of X lie outside of the support, such as \[.*\]: pass another support="),
+        (["real"], "a support for each of the 2 columns; got 1"),
+        ("natural", "expected 'real', 'positive' or a pair .* got 'natural'"),
+        ([(0, 1, 2), "real"], r"got \(0, 1, 2\)"),
+        ((3, 1), "lie outside"),
+        ({"age": "positive"}, "name columns of 2; got 'age'"),
+        ({2: "positive"}, "got 2"),
+    ],
+)
+def test_bad_supports(support, message):
+    with pytest.raises(ValueError, match=message):
+        small(support=support).fit(X)
+
+
+# -- scikit-learn ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_precision_is_that_of_the_rows(dtype):
+    density = small().fit(X.astype(dtype))
+    assert density.score_samples(X).dtype == density.sample(2).dtype == dtype
+    assert next(density.flow_.parameters()).dtype == getattr(torch, np.dtype(dtype).name)
+
+
+def test_random_state_decides_everything_and_nothing_else_is_touched():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second, other = small().fit(X), small().fit(X), small(random_state=1).fit(X)
+    np.testing.assert_array_equal(first.score_samples(X), second.score_samples(X))
+    assert (first.score_samples(X) != other.score_samples(X)).any()
+    np.testing.assert_array_equal(first.sample(5, random_state=3), second.sample(5, random_state=3))
+    assert (first.sample(5, random_state=3) != first.sample(5, random_state=4)).any()
+    assert (first.sample(5) != first.sample(5)).any()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_copies(tmp_path):
+    density = small().fit(X)
+    joblib.dump(density, tmp_path / "density.joblib")
+    for copy in (pickle.loads(pickle.dumps(density)), joblib.load(tmp_path / "density.joblib")):
+        np.testing.assert_array_equal(copy.score_samples(X), density.score_samples(X))
+    assert not hasattr(clone(density), "flow_")
+
+
+def test_pipelines_and_searches():
+    iris = load_iris().data
+    pipeline = make_pipeline(StandardScaler(), PCA(2), small()).fit(iris)
+    assert pipeline.score_samples(iris).shape == (150,)
+    search = GridSearchCV(small(), {"lr": [1e-6, 1e-2], "num_couplings": [2, 4]}, cv=2).fit(X)
+    assert search.best_params_["lr"] == 1e-2
+    assert search.best_estimator_.score(X) == pytest.approx(search.score(X))
+    assert cross_val_score(small(), X, cv=3).shape == (3,)
+
+
+def test_contexts_are_routed():
+    context = RNG.normal(size=(300, 2))
+    with sklearn.config_context(enable_metadata_routing=True):
+        density = small().set_fit_request(context=True).set_score_request(context=True)
+        search = GridSearchCV(density, {"num_couplings": [2, 4]}, cv=2).fit(X, context=context)
+        assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+
+
+def test_the_flow_is_an_ordinary_one():
+    density = small().fit(X)
+    with torch.no_grad():
+        log_prob = density.flow_().log_prob(torch.from_numpy(X))
+    np.testing.assert_allclose(density.score_samples(X), log_prob, rtol=1e-6)
+    assert density.history_.stopped == "finished"
+    assert len(density.history_.loss) == 50
+
+
+def test_verbose_shows_a_bar(capsys):
+    small(verbose=True).fit(X)
+    assert "50/50" in capsys.readouterr().err
+    small().fit(X)
+    assert capsys.readouterr().err == ""
+
+
+def test_noise_helps_where_rows_are_few():
+    points = make_moons(60, noise=0.1, random_state=0)[0]
+    test = make_moons(2000, noise=0.1, random_state=1)[0]
+    options = {"num_steps": 500, "validation": 0, "num_couplings": 8, "hidden_dims": (32,)}
+    assert small(**options, noise=0.3).fit(points).score(test) > small(**options, noise=0).fit(points).score(test)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: d.fit(X[:2]), "minimum of 3"),
+        (lambda d: d.fit(np.full((10, 2), np.nan)), "NaN"),
+        (lambda d: d.fit(np.c_[X, np.ones(300)]), r"columns \[2\] are constant"),
+        (lambda d: d.fit(X, sample_weight=-np.ones(300)), "[Nn]egative"),
+        (lambda d: d.fit(X, sample_weight=np.zeros(300)), "weights"),
+        (lambda d: d.fit(X, context=np.ones((10, 2))), "inconsistent numbers"),
+        (lambda d: d.fit(X, context=np.full((300, 2), np.inf)), "context contains infinity"),
+        (lambda d: d.fit(X).score_samples(X, context=X), "context of no columns, as in fit; got 2"),
+        (lambda d: d.fit(X, context=X).score_samples(X), "context of 2 columns, as in fit; got none"),
+        (lambda d: d.fit(X, context=X).sample(3), "context of 2 columns, as in fit; got none"),
+        (lambda d: d.fit(X).sample(0), "n_samples >= 1"),
+        (lambda d: d.set_params(validation=1.0).fit(X), "two rows"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(small())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    density = small(device="cuda").fit(X)
+    assert next(density.flow_.parameters()).is_cuda
+    assert density.sample(5).shape == (5, 2)
+    assert density.score(X) == pytest.approx(small().fit(X).score(X), abs=0.5)
