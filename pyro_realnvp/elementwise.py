@@ -119,9 +119,10 @@ def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) 
     bad = (~rows.isfinite()).any(-1).sum()
     if bad:
         raise ValueError(f"expected finite values; got nan or inf in {bad} of {len(rows)} rows")
-    weights = torch.ones_like(rows[:, 0]) if weights is None else weights.to(rows).reshape(-1)
-    weights = weights / weights.sum()
-    mean = weights @ rows
-    variance = weights @ (rows - mean).square() * (len(rows) / (len(rows) - 1))
-    std = torch.where((rows == rows[0]).all(0), 0.0, variance.sqrt())
-    return mean, std
+    if weights is None:
+        mean, std = rows.mean(0), rows.std(0)
+    else:
+        weights = weights.to(rows).reshape(-1) / weights.sum()
+        mean = weights @ rows
+        std = (weights @ (rows - mean).square() * (len(rows) / (len(rows) - 1))).sqrt()
+    return mean, torch.where((rows == rows[0]).all(0), 0.0, std)

@@ -2,6 +2,7 @@
 """The loss of a batch, compiled if wanted."""
 
 import warnings
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,6 @@ class Objective(nn.Module):
             return self._loss(x, context, weights)
 
     def _loss(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> Tensor:
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+        with nullcontext() if self.autocast is None else torch.autocast(x.device.type, self.autocast):
             log_prob = log_likelihood(self.flow, Batch(x, context))
         return -(log_prob if weights is None else weights * log_prob).mean()

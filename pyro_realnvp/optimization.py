@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
@@ -53,8 +54,7 @@ Callback = Callable[[History], object]
 class Training:
     """Minimises a loss, and leaves the best of the averaged weights behind.
 
-    The state of the modules and the parameters is what is saved as the best. Later weights are preferred to earlier
-    ones whose loss is better by less than `tolerance`.
+    Later weights are preferred to earlier ones whose loss is better by less than `tolerance`.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Training:
         Args:
             loss: a new draw at each call.
             validation: the loss of the weights that are there; by default the mean of the recent losses.
-            remedy: what to do where steps were skipped.
+            remedy: where steps were skipped.
             validate_start: training must not end below what is there already.
         """
         history = self.history
@@ -121,7 +121,7 @@ class Training:
                 checkpoint.write()  # so that a path that cannot be written is found out at once
             while not self.is_done:
                 self._take_step(loss)
-                self.is_done = self.step == self.num_steps or history.stopped == "diverged"
+                history.seconds = time.perf_counter() - started
                 if self.step % self.validate_every == 0:
                     self._validate(validation)
                     if validation and self.patience is not None and self.step - history.best_step >= self.patience:
@@ -131,11 +131,10 @@ class Training:
                 if self.is_done:
                     self._validate(validation)
                 if self.step % 10 == 0 or self.is_done:
-                    losses = {"loss": f"{_mean(history.loss[-50:]):.3f}", "best": f"{history.best_loss:.3f}"}
-                    bar.set_postfix(losses, refresh=False)
+                    mean, _ = _summary(history.loss[-50:])
+                    bar.set_postfix(loss=f"{mean:.3f}", best=f"{history.best_loss:.3f}", refresh=False)
                     bar.update(self.step - bar.n)
                 if checkpoint and (self.step % checkpoint.every == 0 or self.is_done):
-                    history.seconds = time.perf_counter() - started
                     checkpoint.write()
         except KeyboardInterrupt:
             if processes.are_many():  # the others do not know of it
@@ -161,15 +160,15 @@ class Training:
         return history
 
     def _take_step(self, loss: Callable[[], Tensor]) -> None:
-        history, parameters = self.history, self.parameters
+        history = self.history
         step_loss = loss()
         self.optimizer.zero_grad()
         step_loss.backward()
-        total_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total_norm = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]).norm()
         value, norm = processes.mean(torch.stack([step_loss.detach(), total_norm])).tolist()
         if math.isfinite(value + norm):
             if norm > self.max_grad_norm:
-                clip_grads_with_norm_(parameters, self.max_grad_norm, total_norm)
+                clip_grads_with_norm_(self.parameters, self.max_grad_norm, total_norm)
             self.optimizer.step()
             self.skips_in_a_row = 0
         else:
@@ -182,14 +181,14 @@ class Training:
             self.average.restart()
         elif self.step % self.average.every == 0:
             self.average.update()
+        self.is_done = self.step == self.num_steps
         if self.skips_in_a_row == _SKIPS_BEFORE_RESTORE:
             self._go_back()
 
     def _go_back(self) -> None:
         """Restores the best weights, to go on with half the learning rate."""
         if self.history.restores == _MAX_RESTORES:
-            self.history.stopped = "diverged"
-            return
+            return self._stop("diverged")
         self.history.restores += 1
         self.skips_in_a_row = 0
         self.best.restore()
@@ -202,7 +201,7 @@ class Training:
         history = self.history
         if history.validation_steps[-1:] == [self.step]:
             return
-        recent = _mean(history.loss[-self.validate_every :])
+        recent, error = _summary(history.loss[-self.validate_every :])
         with self.average.in_place():
             value = recent
             if validation is not None:
@@ -211,7 +210,8 @@ class Training:
                 _train(self.modules, True)
             history.validation_steps.append(self.step)
             history.validation_loss.append(value)
-            if (math.isfinite(recent) or self.step == 0) and value < history.best_loss + self.tolerance:
+            tolerance = self.tolerance if validation else error  # later weights must not lose by noise alone
+            if (math.isfinite(recent) or self.step == 0) and value < history.best_loss + tolerance:
                 history.best_loss, history.best_step = min(value, history.best_loss), self.step
                 self.best.save()
 
@@ -239,10 +239,10 @@ class Training:
         self.skips_in_a_row, self.is_done = state["skips_in_a_row"], state["is_done"]
 
 
-def _mean(losses: list[float]) -> float:
-    """The mean of those that are finite, or nan."""
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    return sum(finite) / len(finite) if finite else math.nan
+def _summary(losses: list[float]) -> tuple[float, float]:
+    """The mean of those that are finite, or nan, and its standard error."""
+    finite = [loss for loss in losses if math.isfinite(loss)] or [math.nan]
+    return float(np.mean(finite)), float(np.std(finite)) / math.sqrt(len(finite))
 
 
 def _train(modules: Sequence[nn.Module], mode: bool) -> None:

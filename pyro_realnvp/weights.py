@@ -40,7 +40,7 @@ class Average:
     """An exponential moving average of parameters, with a time constant in steps."""
 
     def __init__(self, parameters: list[Tensor], time_constant: float):
-        self.every = int(min(10, max(1, time_constant / 20)))  # steps between updates, since each reads every weight
+        self.every = int(min(25, max(1, time_constant / 4)))  # steps between updates, since each reads every weight
         self.parameters = nn.ParameterList(parameters)
         decay = 1 - self.every / time_constant
         self.model = AveragedModel(self.parameters, multi_avg_fn=get_ema_multi_avg_fn(decay))

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_realnvp as rn
+from pyro_realnvp import weights as weights_room
 
 
 def make_flow(**kwargs):
@@ -114,6 +115,70 @@ def test_other_modules_that_return_distributions(x):
     model = Model()
     run(model, x, num_steps=300, lr=0.1)
     torch.testing.assert_close(model.loc.detach(), torch.ones(2), atol=0.1, rtol=0)
+
+
+def test_without_validation_noise_does_not_choose_earlier_weights():
+    """A stream of fresh data, of which the mean loss of 20 steps says less than what is learned in them."""
+    stream = (0.5 * torch.randn(8, 2) + 1 for _ in range(300))
+    history = run(make_flow(), stream, num_steps=300, lr=1e-3)
+    assert history.best_step == 300
+    assert history.validation_loss[-1] < history.validation_loss[0]
+
+
+def test_callbacks_are_called_after_each_step_and_one_may_stop(x):
+    seen = []
+
+    def look(history):
+        seen.append((len(history.loss), len(history.validation_loss), history.seconds))
+
+    history = run(make_flow(), x, callbacks=[look, lambda history: len(history.loss) == 30, lambda history: "no"])
+    assert [step for step, *_ in seen] == list(range(1, 31))
+    assert [validations for _, validations, _ in seen] == [0] * 19 + [1] * 11
+    assert all(early < late for (*_, early), (*_, late) in zip(seen, seen[1:]))
+    assert history.stopped == "callback"
+    assert history.validation_steps == [20, 30]
+
+
+def test_an_error_in_a_callback_is_raised_and_loses_nothing(x):
+    def fail(history):
+        if len(history.loss) == 50:
+            raise OSError("no network")
+
+    flow = make_flow()
+    with pytest.raises(OSError, match="no network"):
+        run(flow, x, callbacks=[fail])
+    assert -flow().log_prob(x).mean() < 2.6
+
+
+def test_augment_changes_what_is_trained_on_and_nothing_else(x):
+    calls = []
+
+    def shift(batch):
+        calls.append(len(batch))
+        return batch + 10
+
+    flow = make_flow()
+    history = run(flow, x, augment=shift, validation=x, batch_size=50, num_steps=200, lr=0.05)
+    assert calls == [50] * 200
+    assert history.best_loss > 2.5  # the held-out rows are as they were
+    assert history.loss[-1] < history.loss[0] / 5
+
+
+def test_the_average_is_torchs_own():
+    """Every few steps, with the decay that belongs to so many."""
+    for time_constant, every in ((1, 1), (5, 1), (20, 5), (200, 25), (1e5, 25)):
+        average = weights_room.Average([torch.nn.Parameter(torch.zeros(2))], time_constant)
+        assert isinstance(average.model, torch.optim.swa_utils.AveragedModel)
+        assert average.every == every
+    p = torch.nn.Parameter(torch.zeros(2))
+    average = weights_room.Average([p], 20)
+    average.update()
+    with torch.no_grad():
+        p.fill_(1.0)
+    average.update()
+    with average.in_place():
+        torch.testing.assert_close(p.detach(), torch.full((2,), 5 / 20))
+    assert p.tolist() == [1.0, 1.0]
 
 
 class Exploding(rn.Flow):

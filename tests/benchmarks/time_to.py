@@ -155,26 +155,17 @@ def compare(title: str, problem: Problem, setting: Setting, lr: float, num_steps
             + [f"{outcome.compiling:.1f}" if outcome.compiling else "", "> " * beyond + f"{outcome.seconds:.1f}"]
             + [f"{bound}{value:.3f}", *verdict(math.inf if beyond else value, 0.5 if name == "fit" else None)]
         )
-    header = [
-        "",
-        "lr",
-        "runs",
-        "steps",
-        "ms per step",
-        "KL (nats)",
-        "seconds compiling",
-        "in all",
-        f"/ {best}",
-        "target",
-        "",
-    ]
-    print_table(f"{title}: seconds to a KL of {problem.target}: {setting}", header, rows)
+    header = ["", "lr", "runs", "steps", "ms per step", "KL (nats)", "seconds compiling", "in all", f"/ {best}"]
+    print_table(f"{title}: seconds to a KL of {problem.target}: {setting}", [*header, "target", ""], rows)
 
 
 def main() -> None:
-    # The learning rates were chosen from 1e-3, 3e-3 and 1e-2 for the peers and from 3e-3, 5e-3 and 1e-2 for `fit`; its
-    # steps from 500, 750, 1000, 1500, 2000, 2500 and 3000. The peers' slowest rate falls behind at first and wins in
-    # the end, where a constant rate's noise is what is left; their highest diverges or stays far above.
+    # Chosen by runs with one seed, of some and not of all combinations. `fit`, moons: 5e-3 and 1e-2 with 500 to 2000
+    # steps; mixture: 3e-3, 5e-3 and 1e-2 with 2000 to 3000, of which 2000 miss 0.4. Peers, 1e-3, 3e-3 and 1e-2, cut off
+    # after 1500 to 5000 steps: 1e-2 diverged (Pyro, moons) or stayed far above (Zuko), and was not run for nflows, nor
+    # for Pyro on the mixture. Of the others only Zuko's 1e-3 on the moons came to its target, and else the lower KL
+    # decided; Pyro's 1e-3 on the moons was taken untried, as 3e-3 had missed. The mixture's 0.4 was chosen after the
+    # first of these runs, none of which had come below 0.36.
     problem = Problem(Density(moons.true_sample, moons.true_log_prob), 0.02)
     lrs = {"Pyro": 1e-3, "Zuko": 1e-3, "nflows": 3e-3}
     compare("two moons", problem, Setting(2, 512, 16, (64, 64)), 1e-2, 1000, lrs)
