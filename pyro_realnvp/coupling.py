@@ -51,7 +51,7 @@ class Coupling(Bijection):
             )
         if mask.event_dim > 1:
             out = out.reshape(batch_shape + out.shape[1:])
-        return out.chunk(self.outputs_per_entry, -mask.event_dim)
+        return out.to(kept.dtype).chunk(self.outputs_per_entry, -mask.event_dim)  # whatever autocast made of it
 
     def _no_ladj(self, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[: x.dim() - self.mask.event_dim])
