@@ -19,7 +19,10 @@ class State:
         self.save()
 
     def save(self) -> None:
-        self.states = [copy.deepcopy(module.state_dict()) for module in self.modules]
+        self.states = [module.state_dict() for module in self.modules]
+        for state in self.states:
+            for name, value in state.items():
+                state[name] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         self.values = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()

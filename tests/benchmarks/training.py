@@ -14,7 +14,7 @@ from .peers import Contender, Setting, build, ours, pyro_coupling
 from .tables import print_table, ratio, verdict
 
 SETTING = Setting(16, 256, 8, (64, 64))
-NUM_STEPS, ROUNDS, NUM_ROWS = 200, 11, 8192
+NUM_STEPS, ROUNDS, NUM_ROWS = 500, 7, 8192
 
 
 def by_hand(contender: Contender, x: Tensor, *, fused: bool) -> float:
