@@ -16,12 +16,12 @@ from .elementwise import Logit, Standardize
 from .estimator import RealNVPDensity
 from .flows import real_nvp
 from .guides import AutoRealNVP
+from .history import History
 from .image_flows import glow, image_real_nvp, latent_scales
 from .linear import ConditionalAffine, InvertibleLinear, TriangularAffine
 from .masks import Mask
 from .neutra import PosteriorSamples, neutra
 from .normalization import ActNorm, BatchNorm
-from .optimization import History
 from .reshape import Permute, Squeeze
 from .support import Unbound
 from .training import fit

@@ -215,6 +215,6 @@ def random_state() -> dict:
 
 def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -78,7 +77,8 @@ class Stream:
         x, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
         if len(rest) > 1:
             raise ValueError(f"expected batches of x or (x, context); got batches of {len(batch)} tensors")
-        return Batch(*(value.to(self.own.device, non_blocking=True) for value in (x, *rest)))
+        values = (torch.as_tensor(value) for value in (x, *rest))
+        return Batch(*(value.to(self.own.device, non_blocking=True) for value in values))
 
     def __next__(self) -> Batch:
         if self.batches is None:
@@ -92,15 +92,14 @@ class Stream:
         return batch
 
     def _begin(self) -> None:
-        sampler = getattr(self.source, "sampler", None)
-        if isinstance(sampler, DistributedSampler):
-            sampler.set_epoch(self.epoch)
+        for part in _parts(self.source):
+            if isinstance(part, DistributedSampler):
+                part.set_epoch(self.epoch)
         self.start = self._random_state()
         self.batches, self.position = iter(self), 0
 
     def _generators(self) -> list[torch.Generator]:
-        owners = (self.source, getattr(self.source, "sampler", None))
-        return [owner.generator for owner in owners if getattr(owner, "generator", None) is not None]
+        return [part.generator for part in _parts(self.source) if getattr(part, "generator", None) is not None]
 
     def _random_state(self) -> dict:
         return random_state() | {"own": [generator.get_state() for generator in self._generators()]}
@@ -122,6 +121,13 @@ class Stream:
         for _ in range(state["position"]):
             next(self.batches)
         self.position = state["position"]
+
+
+def _parts(source: Iterable) -> list:
+    """A loader and its samplers."""
+    batch_sampler = getattr(source, "batch_sampler", None)
+    parts = [source, getattr(source, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return list({id(part): part for part in parts if part is not None}.values())
 
 
 def prepare(
@@ -159,7 +165,8 @@ def prepare(
 
 
 def _are_rows(x) -> bool:
-    return isinstance(x, (Tensor, np.ndarray, list, tuple, dict, str)) or not isinstance(x, Iterable)
+    known = isinstance(x, (Tensor, list, tuple, dict, str)) or hasattr(x, "__array__")
+    return known or not isinstance(x, Iterable)
 
 
 def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[int]]:
@@ -174,7 +181,8 @@ def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[int]]
 
 def _sharded(source: Iterable) -> Iterable:
     if isinstance(source, DataLoader) and processes.are_many():
-        if not isinstance(source.dataset, IterableDataset) and not isinstance(source.sampler, DistributedSampler):
+        is_sharded = any(isinstance(part, DistributedSampler) for part in _parts(source))
+        if not isinstance(source.dataset, IterableDataset) and not is_sharded:
             raise ValueError(
                 f"expected a DataLoader with a share of the rows for each of the {processes.count()} processes: pass "
                 "it sampler=torch.utils.data.DistributedSampler(dataset)"

@@ -44,7 +44,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         num_steps, batch_size, lr, weight_decay, patience, compile: as in :func:`fit`.
         validation: the fraction of the rows that is held out; 0 for none.
         device: where to train and to evaluate; by default the CPU.
-        random_state: an int, a numpy generator or None.
+        random_state: an int, a numpy ``RandomState`` or None.
         verbose: whether to show a progress bar.
 
     Attributes:
@@ -123,16 +123,15 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         held_out, rows = order[:num_held_out], order[num_held_out:]
         bounds = bounds_of(self.support, X.shape[1], getattr(self, "feature_names_in_", ()))
         self.low_, self.high_ = (np.array(side, X.dtype) for side in bounds)
-        outside = ~self._is_inside(X)
-        if outside.any():
+        outside = X[order][~self._is_inside(X[order])]
+        if len(outside):
             raise ValueError(
-                f"{outside.sum()} of {len(X)} rows of X lie outside of the support, such as {X[outside][0]}: "
+                f"{len(outside)} of {len(X)} rows of X lie outside of the support, such as {outside[0]}: "
                 "pass another support=, or drop them"
             )
         if context is not None:
             self.context_mean_ = np.average(context[rows], 0, None if sample_weight is None else sample_weight[rows])
-            scale = context[rows].std(0)
-            self.context_scale_ = np.where(scale > 0, scale, 1)
+            self.context_scale_ = np.where((context[rows] == context[rows][0]).all(0), 1, context[rows].std(0))
         columns = (X, self._standard_context(context), sample_weight)
         with _seeded(random, self.device):
             train, apart = ([c if c is None else self._tensor(c[p]) for c in columns] for p in (rows, held_out))
@@ -176,7 +175,9 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
 
     def score(self, X, y=None, *, context=None, sample_weight=None) -> float:
         """The mean of :meth:`score_samples`: the higher, the better."""
-        return float(np.average(self.score_samples(X, context=context), weights=sample_weight))
+        scores = self.score_samples(X, context=context)
+        weights = np.ones(len(scores)) if sample_weight is None else np.asarray(sample_weight)
+        return float(np.average(np.where(weights > 0, scores, 0), weights=weights))  # without weight p may be 0
 
     def sample(self, n_samples: int = 1, random_state=None, *, context=None) -> np.ndarray:
         """Draws rows: ``(n_samples, n_features)``.

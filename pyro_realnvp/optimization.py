@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -16,39 +16,11 @@ from tqdm.auto import tqdm
 
 from . import processes
 from .checkpoints import Checkpoint
+from .history import Callback, History
 from .weights import Average, State
 
 _SKIPS_BEFORE_RESTORE = 10
 _MAX_RESTORES = 3
-
-
-@dataclass
-class History:
-    """What happened in :func:`fit` and :func:`fit_guide`. Losses are in nats: mean negative log-likelihoods of a flow,
-    negative ELBOs of a guide."""
-
-    loss: list[float] = field(default_factory=list)
-    """Of each step; nan where the step was skipped."""
-    validation_steps: list[int] = field(default_factory=list)
-    """The steps after which the averaged weights were validated."""
-    validation_loss: list[float] = field(default_factory=list)
-    """Their loss at each of these steps."""
-    best_step: int = 0
-    """The step whose weights are there now."""
-    best_loss: float = math.inf
-    """Their loss: on the held-out rows, of a guide over many particles, or the mean since the validation before."""
-    skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite; they changed no weight."""
-    restores: int = 0
-    """How often the best weights were restored after repeated skips, with half the learning rate."""
-    stopped: str = "finished"
-    """``"finished"``, ``"early"`` (the validation loss stopped falling), ``"callback"`` (one of them said so),
-    ``"interrupted"`` (Ctrl-C), ``"diverged"``."""
-    seconds: float = 0.0
-    """Wall-clock time; after a resumed run that of all its parts."""
-
-
-Callback = Callable[[History], object]
 
 
 class Training:
@@ -76,6 +48,9 @@ class Training:
         self.max_grad_norm, self.tolerance = max_grad_norm, tolerance
         self.validate_every, self.patience = validate_every, patience
         self.optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
+        warmup = (
+            warmup if warmup * (num_steps + 1) > 1 else 0.0
+        )  # a part of a step is none, which OneCycleLR divides by
         self.schedule = OneCycleLR(
             self.optimizer, lr, total_steps=num_steps + 1, pct_start=warmup, cycle_momentum=False
         )
@@ -111,6 +86,7 @@ class Training:
         """
         history = self.history
         started = time.perf_counter() - history.seconds
+        asked = any(processes.gather(bool(callbacks)))
         were_training = [module.training for module in self.modules]
         _train(self.modules, True)
         bar = tqdm(total=self.num_steps, initial=self.step, unit="step", disable=not progress or processes.rank() > 0)
@@ -126,7 +102,7 @@ class Training:
                     self._validate(validation)
                     if validation and self.patience is not None and self.step - history.best_step >= self.patience:
                         self._stop("early")
-                if callbacks and processes.agree(any([call(history) is True for call in callbacks])):
+                if asked and any(processes.gather(any([_is_true(call(history)) for call in callbacks]))):
                     self._stop("callback")
                 if self.is_done:
                     self._validate(validation)
@@ -243,6 +219,10 @@ def _summary(losses: list[float]) -> tuple[float, float]:
     """The mean of those that are finite, or nan, and its standard error."""
     finite = [loss for loss in losses if math.isfinite(loss)] or [math.nan]
     return float(np.mean(finite)), float(np.std(finite)) / math.sqrt(len(finite))
+
+
+def _is_true(answer: object) -> bool:
+    return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
 def _train(modules: Sequence[nn.Module], mode: bool) -> None:

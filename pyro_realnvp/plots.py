@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("plots need matplotlib: pip install 'pyro_realnvp[plots]'") from error
 
 from .compose import Compose
-from .optimization import History
+from .history import History
 
 DATA_COLOR, FLOW_COLOR = "tab:blue", "tab:orange"
 _GRID_POINTS = 200  # on each axis

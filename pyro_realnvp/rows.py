@@ -84,6 +84,8 @@ class Rows:
 
     def in_order(self, rows: Tensor) -> Iterator[Batch]:
         """The rows in large batches, for one pass."""
+        if not len(rows):  # the share of one of many processes
+            return
         entries = max(math.prod(self.columns.x.shape[1:]), 1)
         for some in rows.split(min(_ROWS_PER_PASS, max(1, _ENTRIES_PER_PASS // entries))):
             yield self[some]
@@ -93,7 +95,7 @@ class Rows:
 
     def mark(self) -> int:
         """A number that tells these rows from others: a checksum of some of them."""
-        some = self[torch.linspace(0, len(self) - 1, min(len(self), _MARKED_ROWS)).long()]
+        some = self[torch.arange(0, len(self), math.ceil(len(self) / _MARKED_ROWS))]
         parts = [values.cpu().double().numpy().tobytes() for values in some if values is not None]
         return zlib.crc32(str(len(self)).encode() + b"".join(parts))
 
@@ -101,7 +103,7 @@ class Rows:
 def _checked(own: Tensor, values, name: str, *, integer: bool = False) -> Tensor | np.ndarray:
     """Values that can be read row by row: a tensor, or a memory-mapped array as it is."""
     is_array = isinstance(values, np.ndarray)
-    if not is_array and not isinstance(values, Tensor):
+    if isinstance(values, np.ma.MaskedArray) or (not is_array and not isinstance(values, Tensor)):
         kind = "integer levels" if integer else "a tensor or a floating-point array"
         raise TypeError(f"expected {name} to be {kind}; got {type(values).__name__}")
     is_floating = np.issubdtype(values.dtype, np.floating) if is_array else values.is_floating_point()

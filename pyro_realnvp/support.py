@@ -78,6 +78,8 @@ class Unbound(Bijection):
         between = torch.where(both, y, 0.0)
         x = torch.where(from_below, self.low + up.exp(), torch.where(from_above, self.high - (-down).exp(), y))
         x = torch.where(both, torch.lerp(low, high, torch.sigmoid(between)), x)
+        # Rounding must not reach the bounds, which are outside.
+        x = x.clamp(torch.nextafter(self.low, self.high), torch.nextafter(self.high, self.low))
         ladj = torch.where(both, (high - low).log() - F.softplus(between) - F.softplus(-between), up - down)
         return x, ladj.sum(-1)
 
@@ -96,7 +98,7 @@ def bounds_of(support, num_columns: int, names: Sequence[str] = ()) -> tuple[lis
     if isinstance(support, Mapping):
         for key, one in support.items():
             column = list(names).index(key) if key in names else key
-            if not isinstance(column, int) or not 0 <= column < num_columns:
+            if not isinstance(column, numbers.Integral) or not 0 <= column < num_columns:
                 raise ValueError(f"expected support to name columns of {list(names) or num_columns}; got {key!r}")
             supports[column] = one
     elif isinstance(support, str) or _is_pair(support):

@@ -15,9 +15,10 @@ from . import processes
 from .bijection import Bijection
 from .checkpoints import Checkpoint
 from .data import prepare
+from .history import Callback, History
 from .normalization import ActNorm
 from .objective import Objective, log_likelihood
-from .optimization import Callback, History, Training
+from .optimization import Training
 from .rows import Batch
 
 
@@ -119,12 +120,18 @@ def fit(
     for name, steps in (("num_steps", num_steps), ("validate_every", validate_every)):
         if steps < 1:
             raise ValueError(f"expected {name} >= 1; got {steps}")
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("the flow has no parameter that requires a gradient: there is nothing to fit")
     options = {"num_steps": num_steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay} | {
         "max_grad_norm": max_grad_norm,
         "averaging": averaging,
         "validate_every": validate_every,
         "patience": patience,
     }
+    options = {name: _plain(value) for name, value in options.items()}
+    seed, batch_size, validation = _plain(seed), _plain(batch_size), _plain(validation)
+    checkpoint = processes.agree(checkpoint)
     file = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_every)
     if seed is None:
         seed = file.found["settings"]["seed"] if file and file.found else int(torch.randint(2**62, ()))
@@ -134,9 +141,6 @@ def fit(
     batches, held_out, marks = prepare(
         flow, x, context, weights, validation, batch_size, torch.Generator().manual_seed(seed)
     )
-    parameters = [p for p in flow.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("the flow has no parameter that requires a gradient: there is nothing to fit")
     objective = Objective(flow, compile, autocast)
     if processes.are_many():
         objective = DistributedDataParallel(objective)  # which gives all of them the weights of the first
@@ -167,6 +171,11 @@ def fit(
         )
 
 
+def _plain(value):
+    """Numpy's scalars as Python's, which a checkpoint can hold."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _initialize(flow: nn.Module, batch: Batch) -> None:
     """The pass that initialises ActNorm, apart from the step: it cannot be compiled, and all processes need one."""
     if processes.are_many():
@@ -189,9 +198,11 @@ def _mean_loss(flow: nn.Module, batches: Iterable[Batch]) -> float:
 
 @contextmanager
 def _tensor_float(allowed: bool) -> Iterator[None]:
+    if not allowed:  # what the user has set stays
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if allowed:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:

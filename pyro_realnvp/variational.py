@@ -12,7 +12,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from .guides import AutoRealNVP
-from .optimization import Callback, History, Training
+from .history import Callback, History
+from .optimization import Training
 from .particles import can_vectorize, check_conditioned, constrain, frozen, inspect, model_of, run_at
 
 _TOLERANCE = 0.01  # nats: what validation cannot tell from its noise

@@ -47,8 +47,9 @@ def loader():
     return DataLoader(TensorDataset(X), batch_size=48 // processes(), sampler=sampler, drop_last=True)
 
 
-def stop_on_the_first(history):
-    return rank() == 0 and len(history.loss) == 25
+def callbacks():
+    """Only the last process has one."""
+    return [lambda history: len(history.loss) == 25] if rank() == processes() - 1 else []
 
 
 def refused(**options):
@@ -64,7 +65,8 @@ CASES = {
     "context and weights": lambda: train(context=C, weights=WEIGHTS),
     "loader": lambda: train(loader(), validation=X[:101]),
     "early": lambda: train(validation=-X, patience=10),
-    "callback": lambda: train(callbacks=[stop_on_the_first]),
+    "callback": lambda: train(callbacks=callbacks()),
+    "one row held out": lambda: train(validation=X[:1]),
     "compiled": lambda: train(compile=True),
     "no sampler": lambda: refused(data=DataLoader(TensorDataset(X), batch_size=24)),
     "odd batch": lambda: refused(batch_size=33),
@@ -79,7 +81,7 @@ def killed_once(folder):
             (folder / "was_killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return train(checkpoint=folder / "run.pt", checkpoint_every=10, callbacks=[kill])
+    return train(checkpoint=folder / "run.pt" if rank() == 0 else None, checkpoint_every=10, callbacks=[kill])
 
 
 if __name__ == "__main__":

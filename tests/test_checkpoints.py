@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pyro_realnvp as rn
 from pyro_realnvp import checkpoints
@@ -101,6 +101,16 @@ def test_loaders_are_resumed_in_the_middle_of_an_epoch(tmp_path, shuffle, genera
     path, validation = tmp_path / "run.pt", DataLoader(TensorDataset(X[:100]), batch_size=64, shuffle=True)
     run(path, loader(), stop_at=33, validation=validation)
     assert_same(run(path, loader(), validation=validation), run(None, loader(), validation=validation))
+
+
+def test_loaders_with_a_batch_sampler_are_resumed(tmp_path):
+    def loader():
+        sampler = RandomSampler(TensorDataset(X), generator=torch.Generator().manual_seed(5))
+        return DataLoader(TensorDataset(X), batch_sampler=BatchSampler(sampler, 32, True))
+
+    path = tmp_path / "run.pt"
+    run(path, loader(), stop_at=33)
+    assert_same(run(path, loader()), run(None, loader()))
 
 
 def test_streams_are_resumed(tmp_path):

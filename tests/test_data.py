@@ -93,6 +93,7 @@ def batches(number):
 def test_streams():
     for stream in (DataLoader(Endless(), batch_size=16), batches(40), iter([X[:100]] * 40)):
         assert len(run(stream)[1].loss) == 40
+    assert run(iter([X[:100].numpy()] * 40))[1].loss == run(iter([X[:100]] * 40))[1].loss
     conditional = make_flow(context_dim=3)
     stream = ((torch.randn(32, 2), torch.randn(32, 3)) for _ in range(40))
     assert len(run(stream, conditional, validation=(X, torch.randn(400, 3)))[1].validation_loss) == 4
@@ -162,3 +163,9 @@ def test_the_scale_of_weights_does_not_matter_and_arrays_serve():
 def test_bad_weights(weights, message):
     with pytest.raises(ValueError, match=message):
         run(X, weights=weights)
+
+
+def test_marks_of_many_rows_stay_inside():
+    rows = rn.rows.Rows(make_flow(), X)
+    rows.columns = rn.rows.Batch(torch.zeros(1, 2).expand(2**24 + 4, 2))
+    assert isinstance(rows.mark(), int)

@@ -122,6 +122,28 @@ def test_nothing_is_outside_of_the_support():
     assert density.score_samples(data[:1] - 1000).tolist() == [-np.inf]
 
 
+def test_samples_at_the_edge_of_the_support_are_inside():
+    data = np.clip(RNG.beta(0.3, 0.3, size=(500, 2)), 1e-6, 1 - 1e-6).astype(np.float32)
+    density = small(support=(0, 1), num_steps=100).fit(data)
+    assert density.history_.skipped_steps == 0
+    samples = density.sample(5000, random_state=0)
+    assert ((samples > 0) & (samples < 1)).all()
+    assert np.isfinite(density.score_samples(samples)).all()
+
+
+def test_a_constant_context_column_has_no_say():
+    context = np.column_stack([RNG.normal(size=300), np.full(300, 0.1)])
+    density = small().fit(X, context=context)
+    assert density.context_scale_[1] == 1
+    assert density.score(X, context=context + [0, 1e-6]) == pytest.approx(density.score(X, context=context), abs=1e-3)
+
+
+def test_rows_without_weight_may_be_anything():
+    data, weights = np.abs(X), np.ones(300)
+    data[0], weights[0] = -1, 0
+    assert np.isfinite(small(support="positive").fit(data, sample_weight=weights).score(data, sample_weight=weights))
+
+
 def test_supports_by_the_names_of_columns():
     frame = pandas.DataFrame(
         {"age": RNG.exponential(size=100), "share": RNG.uniform(size=100), "z": RNG.normal(size=100)}

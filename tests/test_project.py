@@ -15,7 +15,7 @@ import pyro_realnvp
 ROOT = Path(__file__).parents[1]
 MODULES = {path.stem: path for path in (ROOT / "pyro_realnvp").glob("*.py") if path.stem != "__init__"}
 FLOORS = [
-    {"memo", "shapes", "bijection", "masks", "conditioners", "processes"},
+    {"memo", "shapes", "bijection", "masks", "conditioners", "processes", "history"},
     {"coupling", "elementwise", "support", "reshape", "normalization", "linear", "compose", "checks"},
     {
         "flows",

@@ -2,6 +2,7 @@
 import math
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -181,6 +182,29 @@ def test_the_average_is_torchs_own():
     assert p.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(("num_steps", "warmup"), [(9, 0.1), (19, 0.05), (1, 0.5), (1, 0.1), (3, 0.0)])
+def test_short_warmups(x, num_steps, warmup):
+    history = run(make_flow(), x, num_steps=num_steps, warmup=warmup)
+    assert len(history.loss) == num_steps
+
+
+def test_numpys_scalars_are_options(x, tmp_path):
+    options = {"lr": np.float64(1e-3), "batch_size": np.int64(32), "patience": np.int64(50), "seed": np.int64(3)}
+    options |= {"validation": np.float32(0.1), "num_steps": np.int64(9), "checkpoint": tmp_path / "run.pt"}
+    first, again = run(make_flow(), x, **options), run(make_flow(), x, **options)
+    assert first.loss == again.loss
+
+
+def test_a_callback_may_answer_with_numpys_true(x):
+    assert len(run(make_flow(), x, callbacks=[lambda history: np.mean(history.loss) < 1e9]).loss) == 1
+    assert len(run(make_flow(), x, callbacks=[lambda history: {"a": 1}, lambda history: 1]).loss) == 60
+
+
+def test_the_users_precision_stays(x):
+    run(make_flow(), x, num_steps=2)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 class Exploding(rn.Flow):
     """Returns a loss that is not finite in some steps."""
 
@@ -276,6 +300,8 @@ def test_the_bar_shows_the_losses(x, capsys):
         (torch.randn(100, 2).double(), {}, TypeError, "torch.float32; got torch.float64"),
         (np.zeros((100, 2), dtype=int), {}, TypeError, "an array of int64"),
         ([[0.0, 1.0]], {}, TypeError, "got list"),
+        (pandas.DataFrame({"a": [0.0, 1.0]}), {}, TypeError, "got DataFrame"),
+        (np.ma.masked_array(np.random.randn(100, 2)), {}, TypeError, "got MaskedArray"),
         (torch.randn(100, 2, device="meta"), {}, ValueError, "x on meta"),
         (torch.full((100, 2), torch.nan), {}, ValueError, "nan or inf in 100 of 100 rows of x"),
         (torch.tensor([[0.0, torch.inf]] + 99 * [[0.0, 1.0]]), {}, ValueError, "in 1 of 100 rows"),
@@ -321,3 +347,5 @@ def test_a_bijection_is_no_flow(x):
 def test_nothing_to_fit(x):
     with pytest.raises(ValueError, match="nothing to fit"):
         run(make_flow().requires_grad_(False), x)
+    with pytest.raises(ValueError, match="nothing to fit"):
+        run(rn.Flow(rn.Standardize(2).inv), x)
