@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ def killed_once(folder):
 if __name__ == "__main__":
     folder, which = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     cases = CASES if which == "all" else {which: lambda: killed_once(folder)}
     results = {name: case() for name, case in cases.items()}
     (folder / f"{which}_{rank()}.json").write_text(json.dumps(results))
