@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files: the state of a module, and the state of a training. They are data only; reading one runs no code."""
 
-import copy
 import difflib
 import io
 import os
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from . import processes
 from .masks import Mask
+from .weights import State
 
 _FORMAT, _VERSION = "pyro_realnvp", 1
 _MODULE, _TRAINING = "the state of a module", "the state of a training"
@@ -167,7 +167,8 @@ class Checkpoint:
             settings: plain values that must be the same as in the file.
             parts: objects with a state.
         """
-        self.settings, self.parts = settings, {"module": module} | parts
+        self.settings, self.architecture = settings, describe(module)
+        self.parts = {"module": module} | parts
         if self.found is None:
             return
         theirs = self.found["settings"]
@@ -178,14 +179,14 @@ class Checkpoint:
                 "go on with it, or another path"
             )
         check_architecture(module, self.found["architecture"], self.found["parts"]["module"], self.path)
-        before = copy.deepcopy(module.state_dict())
+        before = State([module], [*module.parameters()])
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(self.found["parts"][name])
             if len(self.found["random"]) == processes.count():
                 set_random_state(self.found["random"][processes.rank()])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            module.load_state_dict(before)
+            before.restore()
             raise RuntimeError(
                 f"{self.path} does not hold a whole training ({error!r}): it was changed. Take a copy, or remove it"
             ) from error
@@ -193,7 +194,7 @@ class Checkpoint:
     def write(self) -> None:
         content = {
             "settings": self.settings,
-            "architecture": describe(self.parts["module"]),
+            "architecture": self.architecture,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": processes.gather(random_state()),
         }

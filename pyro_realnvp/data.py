@@ -132,17 +132,17 @@ def _parts(source: Iterable) -> list:
 
 def prepare(
     flow: nn.Module, x, context, weights, validation, batch_size: int | None, generator: torch.Generator
-) -> tuple[Shuffled | Stream, HeldOut | Stream | None, list[int]]:
-    """Endless batches, the held-out ones, and marks of the rows."""
-    held_out, marks = None, []
+) -> tuple[Shuffled | Stream, HeldOut | Stream | None, list[Rows]]:
+    """Endless batches, the held-out ones, and all rows that are not streamed."""
+    held_out, tables = None, []
     if not isinstance(validation, (int, float)):
-        held_out, marks = _held_out(flow, validation)
+        held_out, tables = _held_out(flow, validation)
     if not _are_rows(x):
         if context is not None or weights is not None:
             raise ValueError(
                 f"expected a {type(x).__name__} that yields (x, context); got context= or weights= beside it"
             )
-        return Stream(flow, _sharded(x)), held_out, marks
+        return Stream(flow, _sharded(x)), held_out, tables
     rows = Rows(flow, x, context, weights)
     indices = torch.arange(len(rows))
     if held_out is None and validation:
@@ -161,7 +161,7 @@ def prepare(
         raise ValueError(f"expected a batch_size from 1 to {len(indices)}, the rows to train on; got {batch_size}")
     if batch_size % processes.count():
         raise ValueError(f"expected a batch_size that {processes.count()} processes can share; got {batch_size}")
-    return Shuffled(rows, indices, batch_size, generator), held_out, [rows.mark(), *marks]
+    return Shuffled(rows, indices, batch_size, generator), held_out, [rows, *tables]
 
 
 def _are_rows(x) -> bool:
@@ -169,14 +169,14 @@ def _are_rows(x) -> bool:
     return known or not isinstance(x, Iterable)
 
 
-def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[int]]:
+def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[Rows]]:
     if isinstance(validation, tuple):
         rows = Rows(flow, *validation, train=False)
     elif _are_rows(validation):
         rows = Rows(flow, validation, train=False)
     else:
         return Stream(flow, validation), []
-    return HeldOut(rows, torch.arange(len(rows))), [rows.mark()]
+    return HeldOut(rows, torch.arange(len(rows))), [rows]
 
 
 def _sharded(source: Iterable) -> Iterable:

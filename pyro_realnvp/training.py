@@ -138,7 +138,7 @@ def fit(
     seed = processes.agree(seed)
     if device is not None:
         flow.to(device)
-    batches, held_out, marks = prepare(
+    batches, held_out, tables = prepare(
         flow, x, context, weights, validation, batch_size, torch.Generator().manual_seed(seed)
     )
     objective = Objective(flow, compile, autocast)
@@ -147,7 +147,12 @@ def fit(
     training = Training([flow], parameters, **options)
     if file:
         split = validation if isinstance(validation, (int, float)) else None
-        settings = {"seed": seed, "batch_size": batch_size, "validation": split, "rows": marks}
+        settings = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "validation": split,
+            "rows": [rows.mark() for rows in tables],
+        }
         file.connect(flow, options | settings, training=training, batches=batches)
 
     normalizations = [module for module in flow.modules() if isinstance(module, ActNorm)]
