@@ -61,6 +61,8 @@ def test_a_flow_that_cannot_be_compiled_is_trained_as_it_is_with_one_warning():
 
 
 def test_without_a_compiler():
+    run(compile=True)  # the first compilation imports what warns by itself
+    torch._dynamo.reset()
     with torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler"), "fx_graph_cache": False}):
         with pytest.warns(RuntimeWarning, match="uncompiled.*compiler") as caught:
             history = run(compile=True)[1]
