@@ -2,29 +2,29 @@
 """RealNVP normalizing flows for Pyro."""
 
 from . import masks
-from .amortised import AmortizedRealNVP
-from .bijection import Bijection, Conditioned, Inverse
-from .checkpoints import load, save
-from .checks import Report, check_bijection
-from .compose import Compose, FactorOut
-from .conditioners import MLP, ConvResNet
-from .coupling import AdditiveCoupling, AffineCoupling, VolumePreservingCoupling
-from .dequantization import Dequantized, DequantizedFlow, bits_per_dim, interpolate
-from .diagnosis import Diagnosis, diagnose
+from .bijections.bijection import Bijection, Conditioned, Inverse
+from .bijections.checking import Report, check_bijection
+from .bijections.compose import Compose
+from .bijections.conditioners import MLP, ConvResNet
+from .bijections.coupling import AdditiveCoupling, AffineCoupling, Coupling, VolumePreservingCoupling
+from .bijections.elementwise import Logit, Standardize, Unbound
+from .bijections.factor_out import FactorOut
+from .bijections.linear import ConditionalAffine, InvertibleLinear, TriangularAffine
+from .bijections.masks import Mask
+from .bijections.normalization import ActNorm, BatchNorm
+from .bijections.reshape import Permute, Squeeze
 from .distributions import Base, Flow, FlowDistribution
-from .elementwise import Logit, Standardize
 from .estimator import RealNVPDensity
 from .flows import real_nvp
-from .guides import AutoRealNVP
-from .history import History
-from .image_flows import glow, image_real_nvp, latent_scales
-from .linear import ConditionalAffine, InvertibleLinear, TriangularAffine
-from .masks import Mask
-from .neutra import PosteriorSamples, neutra
-from .normalization import ActNorm, BatchNorm
-from .reshape import Permute, Squeeze
-from .support import Unbound
-from .training import fit
-from .variational import fit_guide
+from .images.dequantization import Dequantized, DequantizedFlow, bits_per_dim, interpolate
+from .images.multi_scale import glow, image_real_nvp, latent_scales
+from .inference.amortized import AmortizedRealNVP
+from .inference.diagnosis import Diagnosis, diagnose
+from .inference.guides import AutoRealNVP
+from .inference.nuts import PosteriorSamples, neutra
+from .inference.variational import fit_guide
+from .saving import load, save
+from .training.history import History
+from .training.maximum_likelihood import fit
 
 __version__ = "0.1.0"

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from .bijection import Bijection
-from .memo import forget_param_store
-from .shapes import check_context, sum_events
+from .bijections.bijection import Bijection
+from .bijections.inputs import check_context
+from .bijections.memo import forget_param_store
+from .bijections.shapes import sum_events
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -126,6 +127,9 @@ class Flow(nn.Module):
         >>> conditional(torch.zeros(7, 3)).batch_shape
         torch.Size([7])
     """
+
+    is_discrete = False
+    """Whether its events are integer levels, which :func:`fit` then asks for."""
 
     def __init__(
         self,

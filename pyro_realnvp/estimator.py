@@ -3,7 +3,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,15 +14,14 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
-from .compose import Compose
+from .bijections.compose import Compose
+from .bijections.elementwise import Standardize, Unbound
 from .distributions import Flow
-from .elementwise import Standardize
-from .flows import real_nvp
-from .splines import spline_flow
-from .support import Unbound, bounds_of
-from .training import fit
+from .flows import real_nvp, spline_flow
+from .training.maximum_likelihood import fit
 
 _ROWS_PER_PASS = 4096
+_NAMED_SUPPORTS = {"real": (None, None), "positive": (0.0, None)}
 
 
 class RealNVPDensity(DensityMixin, BaseEstimator):
@@ -248,3 +248,37 @@ def _seeded(random: np.random.RandomState, device: torch.device | str | None) ->
     with torch.random.fork_rng(devices):
         torch.manual_seed(int(random.randint(2**31)))
         yield
+
+
+def bounds_of(support, num_columns: int, names: Sequence[str] = ()) -> tuple[list[float], list[float]]:
+    """The lower and the upper bound of each column.
+
+    Args:
+        support: ``"real"``, ``"positive"`` or a pair (low, high) with None for no bound; or one of them for each
+            column; or a dict of those that are not real, by name or number.
+    """
+    supports = ["real"] * num_columns
+    if isinstance(support, Mapping):
+        for key, one in support.items():
+            column = list(names).index(key) if key in names else key
+            if not isinstance(column, numbers.Integral) or not 0 <= column < num_columns:
+                raise ValueError(f"expected support to name columns of {list(names) or num_columns}; got {key!r}")
+            supports[column] = one
+    elif isinstance(support, str) or _is_pair(support):
+        supports = [support] * num_columns
+    elif len(support) == num_columns:
+        supports = list(support)
+    else:
+        raise ValueError(f"expected a support for each of the {num_columns} columns; got {len(support)}")
+    pairs = [_NAMED_SUPPORTS.get(one, one) if isinstance(one, str) else one for one in supports]
+    for pair in pairs:
+        if not _is_pair(pair):
+            raise ValueError(f"expected 'real', 'positive' or a pair (low, high), None for no bound; got {pair!r}")
+    low = [-torch.inf if low is None else low for low, _ in pairs]
+    high = [torch.inf if high is None else high for _, high in pairs]
+    return low, high
+
+
+def _is_pair(support) -> bool:
+    is_pair = isinstance(support, (tuple, list)) and len(support) == 2
+    return is_pair and all(bound is None or isinstance(bound, numbers.Real) for bound in support)

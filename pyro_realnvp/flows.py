@@ -8,11 +8,13 @@ from itertools import cycle, islice
 from torch import nn
 from torch.distributions import Transform
 
-from . import masks
-from .compose import Compose
-from .conditioners import MLP
-from .coupling import AffineCoupling, Coupling
-from .masks import Mask
+from .bijections import masks
+from .bijections.compose import Compose
+from .bijections.conditioners import MLP
+from .bijections.coupling import AffineCoupling, Coupling
+from .bijections.linear import ConditionalAffine
+from .bijections.masks import Mask
+from .bijections.splines import ConditionalSpline, identity_spline
 
 
 def real_nvp(
@@ -90,3 +92,11 @@ def real_nvp(
         )
         parts.append(coupling(Mask(mask.b), conditioner, context_dim=context_dim, **options))
     return Compose(parts)
+
+
+def spline_flow(context_dim: int = 0, hidden_dims: Sequence[int] | None = None) -> Compose:
+    """A flow of one entry, where there is nothing to couple: a monotonic spline, the identity at birth."""
+    if not context_dim:
+        return Compose([identity_spline()])
+    spline = ConditionalSpline(context_dim, hidden_dims or (32, 32))
+    return Compose([spline, ConditionalAffine(1, context_dim)])

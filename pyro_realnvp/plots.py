@@ -13,8 +13,8 @@ try:
 except ImportError as error:
     raise ImportError("plots need matplotlib: pip install 'pyro_realnvp[plots]'") from error
 
-from .compose import Compose
-from .history import History
+from .bijections.compose import Compose
+from .training.history import History
 
 DATA_COLOR, FLOW_COLOR = "tab:blue", "tab:orange"
 _GRID_POINTS = 200  # on each axis

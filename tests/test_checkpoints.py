@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pyro_realnvp as rn
-from pyro_realnvp import checkpoints
+from pyro_realnvp.training import checkpoint
 
 X = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3.0]) + 1
 NUM_STEPS = 60
@@ -43,7 +43,7 @@ def run(path=None, data=X, flow=None, stop_at=None, **options):
         history = rn.fit(flow, data, **options)
     except MemoryError:
         return None
-    return flow, history, checkpoints.random_state()
+    return flow, history, checkpoint.random_state()
 
 
 def assert_same(first, second):
@@ -157,6 +157,7 @@ import torch
 import torch._dynamo  # which the first optimizer imports
 sys.path.insert(0, sys.argv[2])
 import test_checkpoints as t
+from pyro_realnvp import saving
 
 torch.set_num_threads(1)
 path = sys.argv[1]
@@ -181,7 +182,7 @@ while kills < 20:  # each child is a new process, with the imports of this one
     wait_for_some_checkpoints()
     os.kill(child, signal.SIGKILL)
     kills += os.waitpid(child, 0)[1] == signal.SIGKILL
-    found = t.checkpoints.read(path, t.checkpoints._TRAINING) if os.path.exists(path) else None
+    found = saving.read(path, "the state of a training") if os.path.exists(path) else None
     steps.add(len(found["parts"]["training"]["history"]["loss"]) if found else 0)
 resumed = train()
 os.remove(path)

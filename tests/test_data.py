@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import pyro_realnvp as rn
+from pyro_realnvp.training.rows import Batch, Rows
 
 X = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3.0]) + 1
 
@@ -166,6 +167,6 @@ def test_bad_weights(weights, message):
 
 
 def test_marks_of_many_rows_stay_inside():
-    rows = rn.rows.Rows(make_flow(), X)
-    rows.columns = rn.rows.Batch(torch.zeros(1, 2).expand(2**24 + 4, 2))
+    rows = Rows(make_flow(), X)
+    rows.columns = Batch(torch.zeros(1, 2).expand(2**24 + 4, 2))
     assert isinstance(rows.mark(), int)

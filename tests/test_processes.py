@@ -13,7 +13,7 @@ import pytest
 def torchrun(folder, which):
     """The results of both processes. (More restarts than needed, since on a busy machine gloo may fail to connect.)"""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "3", "--monitor-interval", "0.1", distributed_cases.__file__, str(folder), which]
+    command += ["--max-restarts", "10", "--monitor-interval", "0.1", distributed_cases.__file__, str(folder), which]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400
     )

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_realnvp as rn
-from pyro_realnvp import weights as weights_room
+from pyro_realnvp.training import snapshots
 
 
 def make_flow(**kwargs):
@@ -168,11 +168,11 @@ def test_augment_changes_what_is_trained_on_and_nothing_else(x):
 def test_the_average_is_torchs_own():
     """Every few steps, with the decay that belongs to so many."""
     for time_constant, every in ((1, 1), (5, 1), (20, 5), (200, 25), (1e5, 25)):
-        average = weights_room.Average([torch.nn.Parameter(torch.zeros(2))], time_constant)
+        average = snapshots.Average([torch.nn.Parameter(torch.zeros(2))], time_constant)
         assert isinstance(average.model, torch.optim.swa_utils.AveragedModel)
         assert average.every == every
     p = torch.nn.Parameter(torch.zeros(2))
-    average = weights_room.Average([p], 20)
+    average = snapshots.Average([p], 20)
     average.update()
     with torch.no_grad():
         p.fill_(1.0)

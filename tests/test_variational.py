@@ -15,7 +15,7 @@ from test_guides import YEAR, Y, fitted, two_modes, uncentred
 from torch import nn
 
 import pyro_realnvp as rn
-from pyro_realnvp.warm_start import Normal, best_normal
+from pyro_realnvp.inference.warm_start import Normal, best_normal
 
 # -- warm start --------------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .bijection import Bijection
 from .coupling import Coupling
-from .masks import Mask
+from .foreign import Foreign
+from .inputs import check_event_shape
 from .reshape import Permute
-from .shapes import broadcast_batch, check_event_shape, sum_events
+from .shapes import sum_events
 
 
 @ConditionalTransform.register
@@ -116,95 +117,6 @@ class Compose(Bijection):
             )
 
 
-@ConditionalTransform.register
-class FactorOut(Bijection):
-    r""":math:`y_b = x_b,\quad y_{1-b} = f(x_{1-b}),\quad
-    \log|\det \partial y / \partial x| = \log|\det \partial f / \partial x_{1-b}|`: from data to latent, a part of the
-    event is latent already and leaves; f goes on with the rest (Dinh et al. 2017, section 3.6, eqs. 13-14).
-
-    Args:
-        mask: which entries leave (b = 1) and which go on, of vectors or of images.
-        bijection: f, which maps events to events of the same shape.
-
-    Shapes:
-        Events that fit the mask to the same; the log-determinant, in nats, is shaped like the batch.
-
-    Raises:
-        ValueError: f does not fit the entries that go on.
-
-    Example:
-        >>> from pyro_realnvp import masks, real_nvp
-        >>> f = FactorOut(masks.half(4), real_nvp(2))
-        >>> f(torch.ones(4))
-        tensor([1., 1., 1., 1.], grad_fn=<...>)
-    """
-
-    def __init__(self, mask: Mask, bijection: Bijection):
-        if not isinstance(mask, Mask) or not isinstance(bijection, Bijection):
-            raise TypeError(
-                f"expected a Mask and a Bijection; got {type(mask).__name__} and {type(bijection).__name__}"
-            )
-        super().__init__(mask.event_shape, context_dim=bijection.context_dim)
-        if bijection.domain.event_dim != mask.event_dim or bijection.event_shape[0] not in (None, mask.num_changed):
-            raise ValueError(
-                f"expected a bijection of the {mask.num_changed} entries that go on, with {mask.event_dim} event axes; "
-                f"got one of event shape {bijection.event_shape}"
-            )
-        self.mask = mask
-        self.bijection = bijection
-
-    def forward_and_ladj(self, x, context=None):
-        leaving, x = self.mask.split(broadcast_batch(x, context, self.mask.event_dim))
-        y, ladj = self.bijection.forward_and_ladj(x, context)
-        return self.mask.join(leaving, y), ladj
-
-    def inverse_and_ladj(self, y, context=None):
-        leaving, y = self.mask.split(broadcast_batch(y, context, self.mask.event_dim))
-        x, ladj = self.bijection.inverse_and_ladj(y, context)
-        return self.mask.join(leaving, x), ladj
-
-    def changed_entries(self, changed, *, forward=True):
-        leaving, rest = self.mask.split(changed)
-        return self.mask.join(leaving, self.bijection.changed_entries(rest, forward=forward))
-
-
-class _Foreign(Bijection):
-    """A transform of Pyro's or torch's own, as a part of a :class:`Compose`."""
-
-    def __init__(self, transform: Transform):
-        super().__init__((None,) * transform.domain.event_dim)
-        self.transform = transform
-        self.domain, self.codomain = transform.domain, transform.codomain
-
-    def forward_and_ladj(self, x, context=None):
-        _drop_cache(self.transform)  # it may be stale
-        y = self.transform(x)
-        ladj = self.transform.log_abs_det_jacobian(x, y)
-        _drop_cache(self.transform)  # it would keep the graph alive, and forbid copies
-        return y, ladj
-
-    def inverse_and_ladj(self, y, context=None):
-        _drop_cache(self.transform)
-        x = self.transform.inv(y)
-        ladj = -self.transform.log_abs_det_jacobian(x, y)
-        _drop_cache(self.transform)
-        return x, ladj
-
-    def changed_entries(self, changed, *, forward=True):
-        return torch.ones_like(changed) if self.domain.event_dim else changed
-
-    def forward_shape(self, shape):
-        return torch.Size(self.transform.forward_shape(shape))
-
-    def inverse_shape(self, shape):
-        return torch.Size(self.transform.inverse_shape(shape))
-
-
-def _drop_cache(transform: Transform) -> None:
-    for name in [name for name in vars(transform) if name.startswith("_cache") and name != "_cache_size"]:
-        setattr(transform, name, (None, None) if name == "_cached_x_y" else None)
-
-
 def _adopt(part: Transform) -> Bijection:
     """`part` as a bijection. What torch keeps out of `parameters()` and `state_dict` is taken apart."""
     if isinstance(part, Bijection):
@@ -220,7 +132,7 @@ def _adopt(part: Transform) -> Bijection:
         return Compose(part.parts)
     if isinstance(part, T.Permute) and part.dim == -1:
         return Permute(part.permutation)
-    return _Foreign(part)
+    return Foreign(part)
 
 
 def _event_shape(parts: list[Bijection], event_dim: int, given: Sequence[int] | None) -> tuple[int | None, ...]:

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import masks
-from .bijection import Bijection
-from .compose import Compose, FactorOut
-from .conditioners import ConvResNet
-from .coupling import AffineCoupling, Coupling
-from .linear import InvertibleLinear
-from .masks import Mask
-from .normalization import ActNorm
-from .reshape import Squeeze
+from ..bijections import masks
+from ..bijections.bijection import Bijection
+from ..bijections.compose import Compose
+from ..bijections.conditioners import ConvResNet
+from ..bijections.coupling import AffineCoupling, Coupling
+from ..bijections.factor_out import FactorOut
+from ..bijections.linear import InvertibleLinear
+from ..bijections.masks import Mask
+from ..bijections.normalization import ActNorm
+from ..bijections.reshape import Squeeze
 
 
 def _act_norm(channels: int) -> Bijection:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pyro
 from torch import nn
 
-from .memo import forget_param_store
+from ..bijections.memo import forget_param_store
 
 
 class PlainModel:

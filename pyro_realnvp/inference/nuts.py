@@ -13,7 +13,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-from .particles import by_site, frozen, model_of
+from .traces import by_site, frozen, model_of
 
 
 @dataclass

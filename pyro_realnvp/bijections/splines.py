@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flows in one dimension, where there is nothing to couple: Pyro's rational splines."""
+"""Pyro's rational splines of one entry, the identity at birth."""
 
 import math
 from collections.abc import Sequence
@@ -10,28 +10,23 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import nn
 
 from .bijection import Bijection
-from .compose import Compose
-from .linear import ConditionalAffine
 
 _BINS, _BOUND = 16, 5.0
 _SLOPE_ONE = math.log(math.expm1(1.0 - 1e-3))  # with the smallest slope, which Pyro adds
 
 
-def spline_flow(context_dim: int = 0, hidden_dims: Sequence[int] | None = None) -> Compose:
-    """A flow of one entry: a monotonic spline, the identity at birth."""
-    if context_dim:
-        spline = _ConditionalSpline(context_dim, hidden_dims or (32, 32))
-        return Compose([spline, ConditionalAffine(1, context_dim)])
+def identity_spline() -> T.Spline:
+    """A monotonic spline of one entry, the identity at birth."""
     spline = T.Spline(1, count_bins=_BINS, bound=_BOUND)
     with torch.no_grad():
         for p in spline.parameters():
             nn.init.zeros_(p)
         spline.unnormalized_derivatives.fill_(_SLOPE_ONE)
-    return Compose([spline])
+    return spline
 
 
 @ConditionalTransform.register
-class _ConditionalSpline(Bijection):
+class ConditionalSpline(Bijection):
     """A spline whose knots a network reads from the context."""
 
     def __init__(self, context_dim: int, hidden_dims: Sequence[int]):

@@ -14,14 +14,13 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .bijection import Bijection
-from .compose import Compose
-from .distributions import FlowDistribution
-from .flows import real_nvp
-from .guide_base import PlainModel
-from .linear import TriangularAffine
-from .particles import by_site, constrain, run_at
-from .splines import spline_flow
+from ..bijections.bijection import Bijection
+from ..bijections.compose import Compose
+from ..bijections.linear import TriangularAffine
+from ..distributions import FlowDistribution
+from ..flows import real_nvp, spline_flow
+from .base import PlainModel
+from .traces import by_site, constrain, run_at
 from .warm_start import Normal, best_normal
 
 _LARGEST_FULL = 100  # beyond it a matrix has more entries than data usually tell

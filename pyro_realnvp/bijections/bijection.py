@@ -8,8 +8,9 @@ from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
+from .inputs import check_context, check_event_shape, check_value
 from .memo import Memo, forget_param_store
-from .shapes import check_context, check_event_shape, check_value, real_events
+from .shapes import real_events
 
 _DIRECTIONS = ("forward_and_ladj", "inverse_and_ladj")
 
@@ -43,6 +44,10 @@ class Bijection(TransformModule):
     """
 
     bijective = True
+
+    needs_data = False
+    """Whether the next training pass in the data direction initializes the bijection from the data it sees.
+    :func:`fit` then evaluates the first batch once in eager mode, before it takes or compiles a step."""
 
     def __init__(self, event_shape: Sequence[int | None], *, context_dim: int = 0):
         super().__init__()

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from . import processes
-from .bijection import Bijection
-from .checkpoints import Checkpoint
-from .data import prepare
+from ..bijections.bijection import Bijection
+from . import distributed
+from .batches import prepare
+from .checkpoint import Checkpoint
 from .history import Callback, History
-from .normalization import ActNorm
+from .loop import Training
 from .objective import Objective, log_likelihood
-from .optimization import Training
 from .rows import Batch
 
 
@@ -131,18 +130,18 @@ def fit(
     }
     options = {name: _plain(value) for name, value in options.items()}
     seed, batch_size, validation = _plain(seed), _plain(batch_size), _plain(validation)
-    checkpoint = processes.agree(checkpoint)
+    checkpoint = distributed.agree(checkpoint)
     file = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_every)
     if seed is None:
         seed = file.found["settings"]["seed"] if file and file.found else int(torch.randint(2**62, ()))
-    seed = processes.agree(seed)
+    seed = distributed.agree(seed)
     if device is not None:
         flow.to(device)
     batches, held_out, tables = prepare(
         flow, x, context, weights, validation, batch_size, torch.Generator().manual_seed(seed)
     )
     objective = Objective(flow, compile, autocast)
-    if processes.are_many():
+    if distributed.are_many():
         objective = DistributedDataParallel(objective)  # which gives all of them the weights of the first
     training = Training([flow], parameters, **options)
     if file:
@@ -155,13 +154,13 @@ def fit(
         }
         file.connect(flow, options | settings, training=training, batches=batches)
 
-    normalizations = [module for module in flow.modules() if isinstance(module, ActNorm)]
+    bijections = [module for module in flow.modules() if isinstance(module, Bijection)]
 
     def loss() -> Tensor:
         batch = next(batches)
         if augment is not None:
             batch = batch._replace(x=augment(batch.x))
-        if not all(layer.initialized for layer in normalizations):
+        if any(bijection.needs_data for bijection in bijections):
             _initialize(flow, batch)
         return objective(*batch)
 
@@ -182,9 +181,9 @@ def _plain(value):
 
 
 def _initialize(flow: nn.Module, batch: Batch) -> None:
-    """The pass that initialises ActNorm, apart from the step: it cannot be compiled, and all processes need one."""
-    if processes.are_many():
-        parts = processes.gather([None if values is None else values.cpu() for values in batch])
+    """The pass that initializes layers from data, apart from the step: it cannot be compiled, and it needs all rows."""
+    if distributed.are_many():
+        parts = distributed.gather([None if values is None else values.cpu() for values in batch])
         batch = Batch(*(None if v[0] is None else torch.cat(v).to(batch.x.device) for v in zip(*parts)))
     with saved_tensors_hooks(lambda _: None, lambda _: None):  # nobody goes back
         log_likelihood(flow, batch)
@@ -197,7 +196,7 @@ def _mean_loss(flow: nn.Module, batches: Iterable[Batch]) -> float:
     for batch in batches:
         weights = torch.ones(len(batch.x)).to(total) if batch.weights is None else batch.weights
         total += torch.stack([-(weights * log_likelihood(flow, batch)).sum(), weights.sum()])
-    loss, weight = processes.total(total)
+    loss, weight = distributed.total(total)
     return float(loss / weight)
 
 

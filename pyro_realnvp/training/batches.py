@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from . import processes
-from .checkpoints import random_state, set_random_state
+from . import distributed
+from .checkpoint import random_state, set_random_state
 from .rows import Batch, Rows
 
 
@@ -16,7 +16,7 @@ class HeldOut:
     """Some rows, in the same batches at each pass; each of many processes has its share."""
 
     def __init__(self, rows: Rows, indices: Tensor):
-        self.rows, self.indices = rows, indices[processes.rank() :: processes.count()]
+        self.rows, self.indices = rows, indices[distributed.rank() :: distributed.count()]
 
     def __iter__(self) -> Iterator[Batch]:
         return self.rows.in_order(self.indices)
@@ -42,7 +42,7 @@ class Shuffled:
             self._shuffle()
         rows = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        return self.rows[rows[processes.rank() :: processes.count()]]
+        return self.rows[rows[distributed.rank() :: distributed.count()]]
 
     def state_dict(self) -> dict:
         return {"start": self.start, "position": self.position}
@@ -105,15 +105,15 @@ class Stream:
         return random_state() | {"own": [generator.get_state() for generator in self._generators()]}
 
     def state_dict(self) -> dict:
-        return {"start": processes.gather(self.start), "epoch": self.epoch, "position": self.position}
+        return {"start": distributed.gather(self.start), "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
         """Begins the epoch again, as it began, and passes over the batches that were used."""
         if not state["position"]:
             return
         self.epoch = state["epoch"]
-        if len(state["start"]) == processes.count():
-            start = state["start"][processes.rank()]
+        if len(state["start"]) == distributed.count():
+            start = state["start"][distributed.rank()]
             set_random_state(start)
             for generator, own in zip(self._generators(), start["own"]):
                 generator.set_state(own)
@@ -159,8 +159,8 @@ def prepare(
     batch_size = min(256, len(indices)) if batch_size is None else batch_size
     if not 0 < batch_size <= len(indices):
         raise ValueError(f"expected a batch_size from 1 to {len(indices)}, the rows to train on; got {batch_size}")
-    if batch_size % processes.count():
-        raise ValueError(f"expected a batch_size that {processes.count()} processes can share; got {batch_size}")
+    if batch_size % distributed.count():
+        raise ValueError(f"expected a batch_size that {distributed.count()} processes can share; got {batch_size}")
     return Shuffled(rows, indices, batch_size, generator), held_out, [rows, *tables]
 
 
@@ -180,11 +180,11 @@ def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[Rows]
 
 
 def _sharded(source: Iterable) -> Iterable:
-    if isinstance(source, DataLoader) and processes.are_many():
+    if isinstance(source, DataLoader) and distributed.are_many():
         is_sharded = any(isinstance(part, DistributedSampler) for part in _parts(source))
         if not isinstance(source.dataset, IterableDataset) and not is_sharded:
             raise ValueError(
-                f"expected a DataLoader with a share of the rows for each of the {processes.count()} processes: pass "
+                f"expected a DataLoader with a share of the rows for each of the {distributed.count()} processes: pass "
                 "it sampler=torch.utils.data.DistributedSampler(dataset)"
             )
     return source

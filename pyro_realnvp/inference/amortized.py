@@ -11,12 +11,12 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .compose import Compose
-from .distributions import Flow
-from .flows import real_nvp
-from .guide_base import PlainModel
-from .linear import ConditionalAffine
-from .shapes import sum_events
+from ..bijections.compose import Compose
+from ..bijections.linear import ConditionalAffine
+from ..bijections.shapes import sum_events
+from ..distributions import Flow
+from ..flows import real_nvp
+from .base import PlainModel
 
 
 class AmortizedRealNVP(PlainModel, AutoGuide):

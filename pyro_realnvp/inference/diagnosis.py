@@ -10,7 +10,7 @@ from pyro.infer.importance import vectorized_importance_weights
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from .particles import can_vectorize, latents, model_of, plate_nesting, run
+from .traces import can_vectorize, latents, model_of, plate_nesting, run
 
 
 @dataclass

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .dequantization import DequantizedFlow
-
 _ENTRIES_PER_PASS = 2**20
 _ROWS_PER_PASS = 4096
 _MARKED_ROWS = 1000
@@ -31,7 +29,7 @@ class Rows:
 
     def __init__(self, flow: nn.Module, x, context=None, weights=None, *, train: bool = True):
         self.own = next(flow.parameters())
-        x = _checked(self.own, x, "x", integer=isinstance(flow, DequantizedFlow))
+        x = _checked(self.own, x, "x", integer=getattr(flow, "is_discrete", False))
         event_shape = tuple(getattr(flow, "event_shape", x.shape[1:]))
         if not x.ndim or tuple(x.shape[1:]) != event_shape:
             raise ValueError(f"expected x of shape (N, {', '.join(map(str, event_shape))}); got {tuple(x.shape)}")

@@ -14,10 +14,10 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
-from . import processes
-from .checkpoints import Checkpoint
+from . import distributed
+from .checkpoint import Checkpoint
 from .history import Callback, History
-from .weights import Average, State
+from .snapshots import Average, State
 
 _SKIPS_BEFORE_RESTORE = 10
 _MAX_RESTORES = 3
@@ -86,10 +86,10 @@ class Training:
         """
         history = self.history
         started = time.perf_counter() - history.seconds
-        asked = any(processes.gather(bool(callbacks)))
+        asked = any(distributed.gather(bool(callbacks)))
         were_training = [module.training for module in self.modules]
         _train(self.modules, True)
-        bar = tqdm(total=self.num_steps, initial=self.step, unit="step", disable=not progress or processes.rank() > 0)
+        bar = tqdm(total=self.num_steps, initial=self.step, unit="step", disable=not progress or distributed.rank() > 0)
         try:
             if self.step == 0 and validate_start:
                 self._validate(validation)
@@ -102,7 +102,7 @@ class Training:
                     self._validate(validation)
                     if validation and self.patience is not None and self.step - history.best_step >= self.patience:
                         self._stop("early")
-                if asked and any(processes.gather(any([_is_true(call(history)) for call in callbacks]))):
+                if asked and any(distributed.gather(any([_is_true(call(history)) for call in callbacks]))):
                     self._stop("callback")
                 if self.is_done:
                     self._validate(validation)
@@ -113,12 +113,12 @@ class Training:
                 if checkpoint and (self.step % checkpoint.every == 0 or self.is_done):
                     checkpoint.write()
         except KeyboardInterrupt:
-            if processes.are_many():  # the others do not know of it
+            if distributed.are_many():  # the others do not know of it
                 raise
             history.stopped = "interrupted"
         finally:
             try:
-                if self.step and not processes.are_many():
+                if self.step and not distributed.are_many():
                     self._validate(validation)  # what was interrupted
             finally:
                 self.best.restore()
@@ -126,7 +126,7 @@ class Training:
                     module.train(was_training)
                 bar.close()
                 history.seconds = time.perf_counter() - started
-        if history.skipped_steps and processes.rank() == 0:
+        if history.skipped_steps and distributed.rank() == 0:
             warnings.warn(
                 f"{history.skipped_steps} of {self.step} steps had a loss or gradient that is not finite and were "
                 f"skipped; the best weights were restored {history.restores} times: {remedy}",
@@ -141,7 +141,7 @@ class Training:
         self.optimizer.zero_grad()
         step_loss.backward()
         total_norm = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]).norm()
-        value, norm = processes.mean(torch.stack([step_loss.detach(), total_norm])).tolist()
+        value, norm = distributed.mean(torch.stack([step_loss.detach(), total_norm])).tolist()
         if math.isfinite(value + norm):
             if norm > self.max_grad_norm:
                 clip_grads_with_norm_(self.parameters, self.max_grad_norm, total_norm)

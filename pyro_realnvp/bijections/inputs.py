@@ -1,22 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes: what fits, what broadcasts, what is summed."""
+"""Checks of what a bijection is given. Each error says what was expected, what came, and what to do."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
-
-
-def real_events(event_dim: int) -> constraints.Constraint:
-    """The constraint of real events with `event_dim` axes."""
-    return constraints.independent(constraints.real, event_dim) if event_dim else constraints.real
-
-
-def sum_events(x: Tensor, event_dim: int) -> Tensor:
-    """The sum over the last `event_dim` axes."""
-    return x.sum(tuple(range(-event_dim, 0))) if event_dim else x
 
 
 def check_event_shape(bijection: nn.Module, shape: Sequence[int], event_shape: Sequence[int | None]) -> torch.Size:
@@ -55,23 +44,6 @@ def check_even(what: str, shape: Sequence[int]) -> None:
             f"{what} expected an even height and width; got {height} x {width}: "
             f"pad the images, e.g. torch.nn.functional.pad(x, (0, {width % 2}, 0, {height % 2}))"
         )
-
-
-def channel_events(channels: int, event_dim: int) -> tuple[int | None, ...]:
-    """The shape of events whose first axis are the channels, the others of any size."""
-    if event_dim < 1:
-        raise ValueError(f"expected event_dim >= 1: 1 for vectors, 3 for images; got {event_dim}")
-    return (channels,) + (None,) * (event_dim - 1)
-
-
-def along_channels(values: Tensor, event_dim: int) -> Tensor:
-    """A vector with an entry for each channel, so that it broadcasts with events whose first axis are the channels."""
-    return values.reshape(-1, *(1,) * (event_dim - 1))
-
-
-def positions(x: Tensor, event_dim: int) -> int:
-    """How many positions each channel of an event has."""
-    return x.shape[x.dim() - event_dim + 1 :].numel()
 
 
 def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None:
@@ -129,25 +101,3 @@ def check_context(bijection: nn.Module, context: Tensor | None) -> None:
         raise TypeError(
             f"{name} has parameters of {own.dtype}; got a context of {context.dtype}: convert one with .to()"
         )
-
-
-def broadcast_batch(x: Tensor, context: Tensor | None, event_dim: int = 1) -> Tensor:
-    """x, expanded so that its batch has the context's batch shape too."""
-    if context is None or context.dim() == 1:
-        return x
-    batch_dim = x.dim() - event_dim
-    batch_shape = torch.broadcast_shapes(x.shape[:batch_dim], context.shape[:-1])
-    return x if batch_shape == x.shape[:batch_dim] else x.expand(batch_shape + x.shape[batch_dim:])
-
-
-def squeeze(x: Tensor, factor: int = 2) -> Tensor:
-    """Space to channels: (..., C, H, W) to (..., C f^2, H / f, W / f). (torch's own is wrong on an empty batch.)"""
-    channels, height, width = x.shape[-3:]
-    x = x.reshape(x.shape[:-3] + (channels, height // factor, factor, width // factor, factor))
-    return x.movedim((-3, -1), (-4, -3)).flatten(-5, -3)
-
-
-def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
-    """Channels to space, the inverse of `squeeze`."""
-    x = x.unflatten(-3, (-1, factor, factor)).movedim((-4, -3), (-3, -1))
-    return x.flatten(-4, -3).flatten(-2, -1)

@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files: the state of a module, and the state of a training. They are data only; reading one runs no code."""
+"""Files that hold the state of a module. They are data only: reading one runs no code."""
 
 import difflib
 import io
 import os
 import pickle
-import random
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import processes
-from .masks import Mask
-from .weights import State
-
 _FORMAT, _VERSION = "pyro_realnvp", 1
-_MODULE, _TRAINING = "the state of a module", "the state of a training"
+_MODULE = "the state of a module"
 
 
 def save(module: nn.Module, path: str | os.PathLike) -> None:
@@ -119,7 +113,7 @@ def describe(module: nn.Module) -> list[str]:
     """The architecture, as far as it is no state: the class and the plain options of each submodule."""
     lines = []
     for name, part in module.named_modules():
-        options = "" if isinstance(part, Mask) else part.extra_repr()  # the state holds masks
+        options = getattr(part, "architecture_repr", part.extra_repr)()
         lines.append(re.sub(r" at 0x\w+", "", f"{name}: {type(part).__name__}({options})"))
     return lines
 
@@ -144,78 +138,3 @@ def _difference(here: list[str], there: list[str]) -> str:
             mine, theirs = "; ".join(here[i : min(j, i + 3)]), "; ".join(there[k : min(m, k + 3)])
             return f"here is {mine or 'nothing'}, where the file has {theirs or 'nothing'}"
     return ""
-
-
-class Checkpoint:
-    """The file of a training: what was found in it, and the way to write it anew.
-
-    Of many processes the first reads and writes it.
-    """
-
-    def __init__(self, path: str | os.PathLike, every: int):
-        if every < 1:
-            raise ValueError(f"expected checkpoint_every >= 1; got {every}")
-        self.path, self.every = path, every
-        is_there = processes.rank() == 0 and os.path.exists(path)
-        self.found = processes.agree(read(path, _TRAINING) if is_there else None)
-
-    def connect(self, module: nn.Module, settings: dict, **parts) -> None:
-        """Says what is to be written, and brings all of it into the state that was found.
-
-        Args:
-            module: what is trained.
-            settings: plain values that must be the same as in the file.
-            parts: objects with a state.
-        """
-        self.settings, self.architecture = settings, describe(module)
-        self.parts = {"module": module} | parts
-        if self.found is None:
-            return
-        theirs = self.found["settings"]
-        differences = [f"{k}={theirs.get(k)!r} there, {v!r} here" for k, v in settings.items() if theirs.get(k) != v]
-        if differences:
-            raise ValueError(
-                f"{self.path} belongs to another training: {'; '.join(differences)}. Pass what it was begun with to "
-                "go on with it, or another path"
-            )
-        check_architecture(module, self.found["architecture"], self.found["parts"]["module"], self.path)
-        before = State([module], [*module.parameters()])
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(self.found["parts"][name])
-            if len(self.found["random"]) == processes.count():
-                set_random_state(self.found["random"][processes.rank()])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            before.restore()
-            raise RuntimeError(
-                f"{self.path} does not hold a whole training ({error!r}): it was changed. Take a copy, or remove it"
-            ) from error
-
-    def write(self) -> None:
-        content = {
-            "settings": self.settings,
-            "architecture": self.architecture,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "random": processes.gather(random_state()),
-        }
-        if processes.rank() == 0:
-            write(self.path, _TRAINING, content)
-
-
-def random_state() -> dict:
-    """The state of the generators of torch, numpy and Python."""
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "numpy": [name, keys.tolist(), *rest],
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
-    np.random.set_state(tuple(state["numpy"]))
-    random.setstate(state["python"])

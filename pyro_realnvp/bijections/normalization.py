@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from .bijection import Bijection
 from .elementwise import column_statistics
-from .shapes import along_channels, channel_events, check_event_shape, positions
+from .inputs import check_event_shape
+from .shapes import along_channels, channel_events, positions
 
 
 class _Normalization(Bijection):
@@ -69,6 +70,10 @@ class ActNorm(_Normalization):
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
         self.initialized = False
+
+    @property
+    def needs_data(self) -> bool:
+        return not self.initialized
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> "ActNorm":

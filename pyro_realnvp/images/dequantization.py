@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .distributions import Flow
-from .shapes import check_event_shape
+from ..bijections.inputs import check_event_shape
+from ..distributions import Flow
 
 
 class Dequantized(dist.TorchDistribution):
@@ -167,6 +167,8 @@ class DequantizedFlow(nn.Module):
         ... )
         >>> variational = DequantizedFlow(flow, levels=17, noise=noise)
     """
+
+    is_discrete = True
 
     def __init__(self, flow: Flow, levels: int = 256, *, noise: Flow | None = None, num_samples: int = 1):
         super().__init__()

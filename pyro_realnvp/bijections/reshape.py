@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from .bijection import Bijection
-from .shapes import check_even, check_event_shape, squeeze, unsqueeze
+from .inputs import check_even, check_event_shape
+from .shapes import squeeze, unsqueeze
 
 
 class Permute(Bijection):

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A part of the event leaves, and the rest goes on."""
+
+from pyro.distributions.conditional import ConditionalTransform
+
+from .bijection import Bijection
+from .masks import Mask
+from .shapes import broadcast_batch
+
+
+@ConditionalTransform.register
+class FactorOut(Bijection):
+    r""":math:`y_b = x_b,\quad y_{1-b} = f(x_{1-b}),\quad
+    \log|\det \partial y / \partial x| = \log|\det \partial f / \partial x_{1-b}|`: from data to latent, a part of the
+    event is latent already and leaves; f goes on with the rest (Dinh et al. 2017, section 3.6, eqs. 13-14).
+
+    Args:
+        mask: which entries leave (b = 1) and which go on, of vectors or of images.
+        bijection: f, which maps events to events of the same shape.
+
+    Shapes:
+        Events that fit the mask to the same; the log-determinant, in nats, is shaped like the batch.
+
+    Raises:
+        ValueError: f does not fit the entries that go on.
+
+    Example:
+        >>> from pyro_realnvp import masks, real_nvp
+        >>> f = FactorOut(masks.half(4), real_nvp(2))
+        >>> f(torch.ones(4))
+        tensor([1., 1., 1., 1.], grad_fn=<...>)
+    """
+
+    def __init__(self, mask: Mask, bijection: Bijection):
+        if not isinstance(mask, Mask) or not isinstance(bijection, Bijection):
+            raise TypeError(
+                f"expected a Mask and a Bijection; got {type(mask).__name__} and {type(bijection).__name__}"
+            )
+        super().__init__(mask.event_shape, context_dim=bijection.context_dim)
+        if bijection.domain.event_dim != mask.event_dim or bijection.event_shape[0] not in (None, mask.num_changed):
+            raise ValueError(
+                f"expected a bijection of the {mask.num_changed} entries that go on, with {mask.event_dim} event axes; "
+                f"got one of event shape {bijection.event_shape}"
+            )
+        self.mask = mask
+        self.bijection = bijection
+
+    def forward_and_ladj(self, x, context=None):
+        leaving, x = self.mask.split(broadcast_batch(x, context, self.mask.event_dim))
+        y, ladj = self.bijection.forward_and_ladj(x, context)
+        return self.mask.join(leaving, y), ladj
+
+    def inverse_and_ladj(self, y, context=None):
+        leaving, y = self.mask.split(broadcast_batch(y, context, self.mask.event_dim))
+        x, ladj = self.bijection.inverse_and_ladj(y, context)
+        return self.mask.join(leaving, x), ladj
+
+    def changed_entries(self, changed, *, forward=True):
+        leaving, rest = self.mask.split(changed)
+        return self.mask.join(leaving, self.bijection.changed_entries(rest, forward=forward))

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms of Pyro's and torch's own, as bijections."""
+
+import torch
+from torch.distributions.transforms import Transform
+
+from .bijection import Bijection
+
+
+class Foreign(Bijection):
+    """A transform of Pyro's or torch's own, as a part of a :class:`Compose`."""
+
+    def __init__(self, transform: Transform):
+        super().__init__((None,) * transform.domain.event_dim)
+        self.transform = transform
+        self.domain, self.codomain = transform.domain, transform.codomain
+
+    def forward_and_ladj(self, x, context=None):
+        _drop_cache(self.transform)  # it may be stale
+        y = self.transform(x)
+        ladj = self.transform.log_abs_det_jacobian(x, y)
+        _drop_cache(self.transform)  # it would keep the graph alive, and forbid copies
+        return y, ladj
+
+    def inverse_and_ladj(self, y, context=None):
+        _drop_cache(self.transform)
+        x = self.transform.inv(y)
+        ladj = -self.transform.log_abs_det_jacobian(x, y)
+        _drop_cache(self.transform)
+        return x, ladj
+
+    def changed_entries(self, changed, *, forward=True):
+        return torch.ones_like(changed) if self.domain.event_dim else changed
+
+    def forward_shape(self, shape):
+        return torch.Size(self.transform.forward_shape(shape))
+
+    def inverse_shape(self, shape):
+        return torch.Size(self.transform.inverse_shape(shape))
+
+
+def _drop_cache(transform: Transform) -> None:
+    for name in [name for name in vars(transform) if name.startswith("_cache") and name != "_cache_size"]:
+        setattr(transform, name, (None, None) if name == "_cached_x_y" else None)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a coupling splits an event in two: b = 1 is kept and read by the network, b = 0 is changed."""
+
+import operator
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import check_even
+from .shapes import squeeze, unsqueeze
+
+
+class Mask(nn.Module):
+    r"""Splits an event :math:`x` into the kept :math:`x_{b=1}` and the changed :math:`x_{b=0}`, and joins them again.
+
+    (The binary mask b of Dinh et al. 2017, eq. 9. The network sees only the kept half, so nothing is computed for the
+    entries that a multiplication by b would throw away.) ``b`` is a buffer: it is saved, loaded and moved with the
+    module.
+
+    Args:
+        b: a boolean vector with at least one True and one False.
+        event_dim: b runs over the first axis of an event with so many axes: 1 for vectors, 3 for channels of images.
+        squeeze: squeeze an image first (see :class:`Squeeze`), so that b runs over the 4 sub-pixels of each channel.
+
+    Raises:
+        ValueError: a mask that is not a boolean vector with both values; an event that it does not fit.
+
+    Example:
+        >>> mask = Mask(torch.tensor([True, False, False]))
+        >>> kept, changed = mask.split(torch.tensor([1.0, 2.0, 3.0]))
+        >>> kept, changed
+        (tensor([1.]), tensor([2., 3.]))
+        >>> mask.join(kept, changed)
+        tensor([1., 2., 3.])
+    """
+
+    def __init__(self, b: Tensor, *, event_dim: int = 1, squeeze: bool = False):
+        super().__init__()
+        b = torch.as_tensor(b)
+        if b.dim() != 1 or b.dtype != torch.bool:
+            raise ValueError(
+                f"expected a mask of shape (input_dim,) and dtype torch.bool; got {tuple(b.shape)}, {b.dtype}"
+            )
+        if event_dim < 1 or (squeeze and (event_dim != 3 or len(b) % 4)):
+            raise ValueError(
+                f"expected event_dim >= 1, and with squeeze event_dim=3 and 4 entries of b for each channel; "
+                f"got event_dim={event_dim}, squeeze={squeeze}, {len(b)} entries"
+            )
+        self.event_dim, self.squeeze = event_dim, squeeze
+        self.event_shape = (len(b) // 4 if squeeze else len(b),) + (None,) * (event_dim - 1)
+        self.register_buffer("b", b.clone())
+        self.register_buffer("order", None, persistent=False)
+        self.register_buffer("inverse_order", None, persistent=False)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Derives from b what split and join do: halves and even/odd masks are views, all others index."""
+        if self.b.all() or not self.b.any():
+            raise ValueError(
+                f"expected a mask that keeps some entries and changes some; got all {bool(self.b.all())}: "
+                "a coupling needs both"
+            )
+        b = self.b.cpu()
+        self.num_kept, self.num_changed = int(b.sum()), int((~b).sum())
+        self.kept_first = bool(b[0])
+        flips = int((b[1:] != b[:-1]).sum())
+        self.is_halves = flips == 1
+        self.is_interleaved = flips == len(b) - 1 and len(b) % 2 == 0
+        self.sizes = [self.num_kept, self.num_changed]
+        if self.is_halves and not self.kept_first:
+            self.sizes.reverse()
+        if self.is_halves or self.is_interleaved:
+            self.order = self.inverse_order = None
+        else:
+            self.order = torch.argsort(~self.b, stable=True)
+            self.inverse_order = torch.argsort(self.order)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept and the changed entries: ``(..., num_kept)`` and ``(..., num_changed)`` of a vector, the same
+        followed by height and width (squeezed ones, if the mask squeezes) of an image."""
+        dim = -self.event_dim
+        if x.dim() < self.event_dim or x.shape[dim] != self.event_shape[0]:
+            expected = str(self.event_shape).replace("None", "any size")
+            raise ValueError(f"expected event shape {expected}, the mask's; got shape {tuple(x.shape)}")
+        if self.squeeze:
+            check_even("a checkerboard", x.shape)
+            x = squeeze(x)
+        if self.is_halves:
+            first, second = x.split(self.sizes, dim)
+        elif self.is_interleaved:
+            first, second = x.unflatten(dim, (-1, 2)).unbind(dim)
+        else:
+            return x.index_select(dim, self.order).split(self.sizes, dim)
+        return (first, second) if self.kept_first else (second, first)
+
+    def join(self, kept: Tensor, changed: Tensor) -> Tensor:
+        """The event whose kept and changed entries these are."""
+        dim = -self.event_dim
+        pair = [kept, changed] if self.kept_first else [changed, kept]
+        if self.is_halves:
+            x = torch.cat(pair, dim)
+        elif self.is_interleaved:
+            x = torch.stack(pair, dim).flatten(dim - 1, dim)
+        else:
+            x = torch.cat([kept, changed], dim).index_select(dim, self.inverse_order)
+        return unsqueeze(x) if self.squeeze else x
+
+    def __invert__(self) -> "Mask":
+        """The mask that keeps what this one changes."""
+        return Mask(~self.b, event_dim=self.event_dim, squeeze=self.squeeze)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._plan()
+
+    def extra_repr(self) -> str:
+        bits = "".join("1" if bit else "0" for bit in self.b)
+        return ", ".join(filter(None, [bits, self.architecture_repr()]))
+
+    def architecture_repr(self) -> str:
+        """What a file says of the mask beside its state, which holds b."""
+        image_options = [f"event_dim={self.event_dim}"] * (self.event_dim > 1) + ["squeeze"] * self.squeeze
+        return ", ".join(image_options)
+
+
+def half(input_dim: int, parity: int = 0) -> Mask:
+    """Keeps the first half of the entries (parity 0) or the second (parity 1).
+
+    >>> half(5), half(5, parity=1)
+    (Mask(11100), Mask(00011))
+    """
+    return Mask((torch.arange(_checked(input_dim)) < (input_dim + 1) // 2) ^ bool(parity))
+
+
+def alternating(input_dim: int, parity: int = 0) -> Mask:
+    """Keeps the even entries (parity 0) or the odd ones (parity 1): a checkerboard in one dimension.
+
+    >>> alternating(5), alternating(5, parity=1)
+    (Mask(10101), Mask(01010))
+    """
+    return Mask((torch.arange(_checked(input_dim)) % 2 == 0) ^ bool(parity))
+
+
+def random(input_dim: int, generator: torch.Generator | None = None) -> Mask:
+    """Keeps a random half of the entries, drawn once and saved with the module.
+
+    >>> random(6).num_kept
+    3
+    """
+    return Mask(torch.randperm(_checked(input_dim), generator=generator) < (input_dim + 1) // 2)
+
+
+def channelwise(channels: int, parity: int = 0) -> Mask:
+    """Keeps the first half of an image's channels (parity 0) or the second (parity 1), at all positions
+    (Dinh et al. 2017, figure 3, right).
+
+    >>> kept, changed = channelwise(4).split(torch.zeros(10, 4, 8, 8))
+    >>> kept.shape, changed.shape
+    (torch.Size([10, 2, 8, 8]), torch.Size([10, 2, 8, 8]))
+    """
+    if operator.index(channels) < 2:
+        raise ValueError(f"expected two or more channels to split; got {channels}: squeeze first, or use checkerboard")
+    return Mask(half(channels, parity).b, event_dim=3)
+
+
+def checkerboard(channels: int, parity: int = 0) -> Mask:
+    """Keeps the pixels of an image whose row + column is even (parity 0) or odd (parity 1), in all channels
+    (Dinh et al. 2017, figure 3, left). Height and width must be even.
+
+    Of each square of 2 x 2 pixels it keeps a diagonal: two sub-pixels of the squeezed image. So both parts are images
+    of twice the channels and half the height and width, and nothing is computed for pixels that are thrown away.
+
+    >>> kept, changed = checkerboard(1).split(torch.arange(16.0).reshape(1, 4, 4))
+    >>> kept.shape, kept[:, 0, 0]  # the diagonal of the first square
+    (torch.Size([2, 2, 2]), tensor([0., 5.]))
+    """
+    if operator.index(channels) < 1:
+        raise ValueError(f"expected one or more channels; got {channels}")
+    diagonal = torch.tensor([True, False, False, True]) ^ bool(parity)
+    return Mask(diagonal.repeat(channels), event_dim=3, squeeze=True)
+
+
+def _checked(input_dim: int) -> int:
+    if operator.index(input_dim) < 2:
+        raise ValueError(f"expected input_dim >= 2, since a mask splits an event in two; got {input_dim}")
+    return input_dim

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guides: made from a model, trained, judged, and used to draw from the posterior."""
