@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import pyro.distributions.transforms as T
 import torch
 from pyro.distributions.conditional import ConditionalTransform
-from torch import nn
+from torch import Tensor, nn
 
 from .bijection import Bijection
+from .shapes import broadcast_batch
 
 _BINS, _BOUND = 16, 5.0
 _SLOPE_ONE = math.log(math.expm1(1.0 - 1e-3))  # with the smallest slope, which Pyro adds
@@ -38,12 +39,17 @@ class ConditionalSpline(Bijection):
         with torch.no_grad():
             last.bias[2 * _BINS :] = _SLOPE_ONE
 
+    def _broadcast(self, value: Tensor, context: Tensor) -> tuple[Tensor, T.Spline]:
+        """The value and the spline of each row, for Pyro's splines do not broadcast."""
+        value = broadcast_batch(value, context)
+        return value, self.spline.condition(context.expand(*value.shape[:-1], -1))
+
     def forward_and_ladj(self, x, context=None):
-        spline = self.spline.condition(context)
+        x, spline = self._broadcast(x, context)
         y = spline(x)
         return y, spline.log_abs_det_jacobian(x, y).sum(-1)
 
     def inverse_and_ladj(self, y, context=None):
-        spline = self.spline.condition(context)
+        y, spline = self._broadcast(y, context)
         x = spline.inv(y)
         return x, -spline.log_abs_det_jacobian(x, y).sum(-1)
