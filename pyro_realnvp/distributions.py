@@ -27,9 +27,9 @@ class FlowDistribution(dist.TransformedDistribution):
         (transform,) = self.transforms
         if self._validate_args and not torch.compiler.is_compiling():  # which cannot branch on values
             if value.shape[value.dim() - self.event_dim :] != self.event_shape or not value.is_floating_point():
-                transform.check(value, forward=False)  # raises an error that says what to do
+                transform._check(value, forward=False)  # raises an error that says what to do
             self._validate_sample(value)
-        x, ladj = transform.evaluate(value, forward=False, remember=False)
+        x, ladj = transform._evaluate(value, forward=False, remember=False)
         return self.base_dist.log_prob(x) + self._sum(ladj)
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ class FlowDistribution(dist.TransformedDistribution):
         """
         (transform,) = self.transforms
         x = self.base_dist.rsample(torch.Size(sample_shape))
-        y, ladj = transform.evaluate(x, forward=True, remember=False)
+        y, ladj = transform._evaluate(x, forward=True, remember=False)
         return y, self.base_dist.log_prob(x) - self._sum(ladj)
 
     def _sum(self, ladj: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def real_nvp(
     context_dim: int = 0,
     activation: Callable[[], nn.Module] = nn.Tanh,
     residual: bool = False,
-    max_log_scale: float = 3.0,
+    max_log_scale: float | None = None,
     coupling: type[Coupling] = AffineCoupling,
     mask_cycle: Sequence[Mask] | None = None,
     between: Callable[[int], Transform] | None = None,
@@ -44,15 +44,16 @@ def real_nvp(
         context_dim: width of the context for a conditional flow, 0 for none.
         activation: makes the activation of each MLP.
         residual: whether the hidden layers add their input.
-        max_log_scale: bound of each coupling's log-scale.
-        coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling` (NICE) or :class:`VolumePreservingCoupling` (GIN).
+        max_log_scale: the bound of each coupling's log-scale; by default the coupling's own.
+        coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling` (NICE), :class:`VolumePreservingCoupling` (GIN) or
+            a :class:`Coupling` of your own.
         mask_cycle: the masks, in turn; by default halves and even/odd entries, each with its opposite.
         between: makes a transform of D entries that stands between the couplings, e.g. ``InvertibleLinear`` or
             ``lambda dim: ActNorm(dim).inv``.
 
     Raises:
         ValueError: ``input_dim < 2``, fewer than two couplings, masks of another length, or masks that leave an entry
-            unchanged.
+            unchanged, an option that the coupling does not have.
 
     Example:
         >>> import torch
@@ -77,7 +78,7 @@ def real_nvp(
     shapes = [mask.event_shape for mask in mask_cycle]
     if set(shapes) != {(input_dim,)}:
         raise ValueError(f"expected mask_cycle to hold masks of events of shape ({input_dim},); got {shapes}")
-    options = {"max_log_scale": max_log_scale} if issubclass(coupling, AffineCoupling) else {}
+    options = coupling.check_options(max_log_scale=max_log_scale)
     parts: list[Transform] = []
     for mask in islice(cycle(mask_cycle), num_couplings):
         if between is not None and parts:

@@ -12,7 +12,6 @@ from hypothesis.extra.numpy import arrays
 
 import pyro_realnvp as rn
 from pyro_realnvp import masks
-from pyro_realnvp.bijections.foreign import Foreign
 from pyro_realnvp.bijections.splines import ConditionalSpline
 
 
@@ -163,7 +162,6 @@ CASES = [
     Case("image flow", rn.Inverse, draw_image_flow),
     Case("pixels", rn.Compose, lambda draw: rn.Compose([draw_image_flow(draw), rn.Logit().inv]), largest=10.0),
     Case("mixed", rn.Compose, draw_mixed, plain=False),
-    Case("foreign", Foreign, lambda draw: Foreign(T.Householder(4)), plain=False),
     Case("spline", ConditionalSpline, lambda draw: ConditionalSpline(2, (8,)), plain=False),
 ]
 

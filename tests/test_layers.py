@@ -135,7 +135,11 @@ def coupling(dim):
             TypeError,
             "context of torch.float64",
         ),
-        (lambda: rn.real_nvp(3).condition(torch.zeros(3)), ValueError, "takes no context"),
+        (
+            lambda: rn.real_nvp(3, coupling=rn.AdditiveCoupling, max_log_scale=1.0),
+            ValueError,
+            "no option .*max_log_scale",
+        ),
         (
             lambda: rn.real_nvp(3, context_dim=2).condition(torch.zeros(4, 2))(torch.zeros(5, 3)),
             ValueError,
@@ -146,3 +150,74 @@ def coupling(dim):
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_context_passes_by_what_takes_none():
+    standardize, flow, c = rn.Standardize(2), rn.real_nvp(2, context_dim=3), torch.randn(5, 3)
+    assert standardize.condition(c) is standardize
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    d = dist.ConditionalTransformedDistribution(base, [flow, standardize.inv]).condition(c)
+    assert d.batch_shape == (5,) and d.log_prob(d.sample()).shape == (5,)
+
+
+def test_a_subclass_may_declare_its_own_domain_and_take_a_context():
+    class Exp(rn.Bijection):
+        """y = exp(x c), whose codomain is declared in the class and whose context needs no decorator."""
+
+        elementwise = True
+        codomain = torch.distributions.constraints.independent(torch.distributions.constraints.positive, 1)
+
+        def forward_and_ladj(self, x, context=None):
+            y = (x * context).exp()
+            return y, (x * context + context.log()).sum(-1)
+
+        def inverse_and_ladj(self, y, context=None):
+            x = y.log() / context
+            return x, -(y.log() + context.log()).sum(-1)
+
+    f = Exp((2,), context_dim=2)
+    assert f.codomain is Exp.codomain and f.inv.domain is Exp.codomain and f.domain.event_dim == 1
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    d = dist.ConditionalTransformedDistribution(base, [f]).condition(torch.full((3, 2), 2.0))
+    expected = dist.LogNormal(torch.zeros(2), 2.0).to_event(1).expand((3,))
+    y = d.sample()
+    torch.testing.assert_close(d.log_prob(y), expected.log_prob(y))
+
+
+def test_a_layer_of_ones_own_is_initialized_by_the_first_batch():
+    class Centre(rn.Bijection):
+        """y = x - mu, where mu comes from the first batch."""
+
+        elementwise = True
+
+        def __init__(self, dim):
+            super().__init__((dim,))
+            self.register_buffer("mu", torch.full((dim,), torch.nan))
+
+        @property
+        def needs_data(self):
+            return bool(self.mu.isnan().any())
+
+        def forward_and_ladj(self, x, context=None):
+            if self.training and self.needs_data:
+                self.mu.copy_(x.detach().mean(0))
+            return x - self.mu, x.new_zeros(x.shape[:-1])
+
+        def inverse_and_ladj(self, y, context=None):
+            return y + self.mu, y.new_zeros(y.shape[:-1])
+
+    class NoBranch(Centre):
+        """Compiled steps come after the initialization, which would branch on values."""
+
+        def forward_and_ladj(self, x, context=None):
+            return (
+                super().forward_and_ladj(x, context)
+                if not torch.compiler.is_compiling()
+                else (x - self.mu, x.sum(-1) * 0)
+            )
+
+    for compiled in (False, "default"):
+        flow = rn.Flow(rn.Compose([rn.real_nvp(2, num_couplings=2, hidden_dims=(8,)), NoBranch(2).inv]))
+        history = rn.fit(flow, torch.randn(300, 2) + 50, num_steps=3, compile=compiled, progress=False)
+        (centre,) = [m for m in flow.modules() if isinstance(m, Centre)]
+        assert ((centre.mu - 50).abs() < 1).all() and history.loss[0] < 10

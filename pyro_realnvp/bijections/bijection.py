@@ -45,6 +45,15 @@ class Bijection(TransformModule):
 
     bijective = True
 
+    elementwise = False
+    """Whether each entry of the output depends on one entry of the input only."""
+
+    is_partial = False
+    """Whether some entries are changed and others left alone, so that a stack of such bijections must take turns."""
+
+    can_be_recomputed = False
+    """Whether ``Compose(checkpoint=True)`` may evaluate it a second time in the backward pass."""
+
     needs_data = False
     """Whether the next training pass in the data direction initializes the bijection from the data it sees.
     :func:`fit` then evaluates the first batch once in eager mode, before it takes or compiles a step."""
@@ -53,7 +62,9 @@ class Bijection(TransformModule):
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.context_dim = context_dim
-        self.domain = self.codomain = real_events(len(self.event_shape))
+        for name in ("domain", "codomain"):
+            if not hasattr(type(self), name):  # a subclass may declare its own, as an attribute or a property
+                setattr(self, name, real_events(len(self.event_shape)))
         self._memo = Memo()
 
     # -- what a subclass writes --------------------------------------------------------------------------------------
@@ -69,9 +80,10 @@ class Bijection(TransformModule):
     def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         """Which entries of the output depend on others, given which of the input do (boolean, shaped like the event).
 
-        :class:`Compose` uses it to refuse a stack that leaves an entry alone. By default: all of them.
+        :class:`Compose` uses it to refuse a stack that leaves an entry alone. By default an :attr:`elementwise`
+        bijection changes no more than was changed before, and any other changes all entries.
         """
-        return torch.ones_like(changed)
+        return changed if self.elementwise else torch.ones_like(changed)
 
     # -- what torch and Pyro ask for ---------------------------------------------------------------------------------
 
@@ -83,10 +95,10 @@ class Bijection(TransformModule):
         return self._inv
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.evaluate(x, forward=True)[0]
+        return self._evaluate(x, forward=True)[0]
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self.evaluate(y, forward=False)[0]
+        return self._evaluate(y, forward=False)[0]
 
     def _call(self, x: Tensor) -> Tensor:
         return self(x)
@@ -97,11 +109,11 @@ class Bijection(TransformModule):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det dy/dx| at x, shaped like the batch, in nats."""
         ladj = self._memo.ladj(self, x, y)
-        return self.evaluate(x, forward=True)[1] if ladj is None else ladj
+        return self._evaluate(x, forward=True)[1] if ladj is None else ladj
 
-    def evaluate(self, value: Tensor, *, forward: bool, remember: bool = True) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, value: Tensor, *, forward: bool, remember: bool = True) -> tuple[Tensor, Tensor]:
         """:meth:`forward_and_ladj` or :meth:`inverse_and_ladj` of a checked value, once per pair (x, y)."""
-        self.check(value, forward=forward)
+        self._check(value, forward=forward)
         remembered = self._memo.back(self, value, forward=forward)
         if remembered is not None:
             return remembered
@@ -110,7 +122,7 @@ class Bijection(TransformModule):
             self._memo.store(self, value, output, ladj, forward=forward)
         return output, ladj
 
-    def check(self, value: Tensor, *, forward: bool) -> None:
+    def _check(self, value: Tensor, *, forward: bool) -> None:
         """Raises an error that says what to do where `value` does not fit (shape, dtype, device, missing context)."""
         check_value(self, value, self.forward_shape if forward else self.inverse_shape)
 
@@ -131,8 +143,11 @@ class Bijection(TransformModule):
         self._memo.clear()
 
     def condition(self, context: Tensor) -> "Bijection":
-        """The bijection at a fixed context, of shape ``batch_shape + (context_dim,)``."""
-        return Conditioned(self, context)
+        """The bijection at a fixed context, of shape ``batch_shape + (context_dim,)``.
+
+        A bijection that takes no context is the same at all contexts, and returns itself.
+        """
+        return Conditioned(self, context) if self.context_dim else self
 
     def compile(self, **options) -> None:
         """Compiles both directions, each as one graph (:func:`torch.compile` with ``fullgraph=True`` and the options),
@@ -152,7 +167,10 @@ class Bijection(TransformModule):
     __repr__ = nn.Module.__repr__
 
 
-@ConditionalTransform.register
+# Pyro's ConditionalTransformedDistribution hands its context to whatever is one of these.
+ConditionalTransform.register(Bijection)
+
+
 class Inverse(Bijection):
     r""":math:`y = f^{-1}(x)`: a view of f with the same parameters and the same memory. Made by ``f.inv``."""
 
@@ -173,15 +191,15 @@ class Inverse(Bijection):
     def inverse_and_ladj(self, y, context=None):
         return self.bijection.forward_and_ladj(y, context)
 
-    def evaluate(self, value, *, forward, remember=True):
-        return self.bijection.evaluate(value, forward=not forward, remember=remember)
+    def _evaluate(self, value, *, forward, remember=True):
+        return self.bijection._evaluate(value, forward=not forward, remember=remember)
 
     def compile(self, **options):
         self.bijection.compile(**options)
 
     def log_abs_det_jacobian(self, x, y):
         ladj = self.bijection._memo.ladj(self.bijection, y, x)
-        return self.evaluate(x, forward=True)[1] if ladj is None else -ladj
+        return self._evaluate(x, forward=True)[1] if ladj is None else -ladj
 
     def changed_entries(self, changed, *, forward=True):
         return self.bijection.changed_entries(changed, forward=not forward)

@@ -11,14 +11,12 @@ from torch.distributions.transforms import ComposeTransform, Transform, _Inverse
 from torch.utils.checkpoint import checkpoint
 
 from .bijection import Bijection
-from .coupling import Coupling
 from .foreign import Foreign
 from .inputs import check_event_shape
 from .reshape import Permute
 from .shapes import sum_events
 
 
-@ConditionalTransform.register
 class Compose(Bijection):
     r""":math:`y = (f_n \circ \dots \circ f_1)(x),\quad
     \log|\det \partial y / \partial x| = \sum_i \log|\det \partial f_i|`: the parts are applied from first to last.
@@ -69,21 +67,21 @@ class Compose(Bijection):
     def forward_and_ladj(self, x, context=None):
         total = 0.0
         for part, extra_dims in zip(self.parts, self._extra_dims):
-            x, ladj = self._evaluate(part, part.forward_and_ladj, x, context)
+            x, ladj = self._run_part(part, part.forward_and_ladj, x, context)
             total = sum_events(ladj, extra_dims) + total
         return x, total if self.parts else x.new_zeros(x.shape[: x.dim() - self.codomain.event_dim])
 
     def inverse_and_ladj(self, y, context=None):
         total = 0.0
         for part, extra_dims in zip(reversed(self.parts), reversed(self._extra_dims)):
-            y, ladj = self._evaluate(part, part.inverse_and_ladj, y, context)
+            y, ladj = self._run_part(part, part.inverse_and_ladj, y, context)
             total = sum_events(ladj, extra_dims) + total
         return y, total if self.parts else y.new_zeros(y.shape[: y.dim() - self.domain.event_dim])
 
-    def _evaluate(self, part: Bijection, call: Callable, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run_part(self, part: Bijection, call: Callable, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         context = context if part.context_dim else None
-        # Only couplings: a normalisation that moves its statistics must not be evaluated twice.
-        if self.checkpoint and isinstance(part, Coupling) and torch.is_grad_enabled():
+        # A normalization that moves its statistics, for instance, must not be evaluated twice.
+        if self.checkpoint and part.can_be_recomputed and torch.is_grad_enabled():
             return checkpoint(call, x, context, use_reentrant=False)
         return call(x, context)
 
@@ -104,7 +102,8 @@ class Compose(Bijection):
         return changed
 
     def _refuse_unchanged_entries(self) -> None:
-        couplings = [m for _, m in self.named_modules(remove_duplicate=False) if isinstance(m, Coupling)]
+        modules = (module for _, module in self.named_modules(remove_duplicate=False))
+        couplings = [module for module in modules if isinstance(module, Bijection) and module.is_partial]
         if len(couplings) < 2 or None in self.event_shape:  # one coupling is a part of something
             return
         changed = self.changed_entries(torch.zeros(self.event_shape, dtype=torch.bool))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coupling layers: one part of an event is changed by a network of the other part."""
 
+import inspect
 import math
 
 import torch
-from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 
 from .bijection import Bijection
@@ -12,11 +12,44 @@ from .masks import Mask
 from .shapes import broadcast_batch, sum_events
 
 
-@ConditionalTransform.register
 class Coupling(Bijection):
-    """What the couplings share: the mask, the conditioner and the check of what it returns."""
+    r"""What all couplings share: :math:`y_b = x_b,\quad y_{1-b} = g(x_{1-b};\, \theta(x_b))`, with a map g of each
+    entry, whose parameters :math:`\theta` a network reads from the entries that the mask keeps
+    (Dinh et al. 2017, section 3.2).
+
+    A subclass sets :attr:`outputs_per_entry` and writes :meth:`forward_and_ladj` and :meth:`inverse_and_ladj` with
+    the help of :meth:`split`, :meth:`read` and the mask's ``join``. It then goes into ``real_nvp(coupling=)`` and
+    ``image_real_nvp(coupling=)``.
+
+    Args:
+        mask: which entries are kept (b = 1) and which are changed.
+        conditioner: a module that maps the kept entries, and the context if there is one, to the parameters.
+        context_dim: width of the context that the conditioner expects, 0 for none.
+
+    Raises:
+        TypeError: a mask that is no :class:`Mask`, or a conditioner that is no module.
+
+    Example:
+        >>> from pyro_realnvp import MLP, masks
+        >>> class Scaling(Coupling):  # y = x exp(s)
+        ...     outputs_per_entry = 1
+        ...     def forward_and_ladj(self, x, context=None):
+        ...         kept, changed = self.split(x, context)
+        ...         (s,) = self.read(kept, context)
+        ...         return self.mask.join(kept, changed * s.exp()), s.sum(-1)
+        ...     def inverse_and_ladj(self, y, context=None):
+        ...         kept, changed = self.split(y, context)
+        ...         (s,) = self.read(kept, context)
+        ...         return self.mask.join(kept, changed * (-s).exp()), -s.sum(-1)
+        >>> Scaling(masks.half(4), MLP(2, 2))(torch.ones(3, 4)).shape
+        torch.Size([3, 4])
+    """
+
+    is_partial = True
+    can_be_recomputed = True
 
     outputs_per_entry: int
+    """How many parameters each changed entry has."""
 
     def __init__(self, mask: Mask, conditioner: nn.Module, *, context_dim: int = 0):
         if not isinstance(mask, Mask):
@@ -30,11 +63,16 @@ class Coupling(Bijection):
         self.mask = mask
         self.conditioner = conditioner
 
-    def _split(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def split(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The kept and the changed entries of x, whose batch shape is broadcast with the context's."""
         return self.mask.split(broadcast_batch(x, context, self.mask.event_dim))
 
-    def _condition_on(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-        """The conditioner's output in parts, each of the changed entries' shape."""
+    def read(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+        """The conditioner's output as :attr:`outputs_per_entry` tensors, each of the shape of the changed entries.
+
+        Raises:
+            ValueError: the conditioner returns another number of outputs.
+        """
         mask = self.mask
         batch_shape = kept.shape[: kept.dim() - mask.event_dim]
         if mask.event_dim > 1:  # convolutions take one axis of a batch
@@ -51,14 +89,31 @@ class Coupling(Bijection):
             )
         if mask.event_dim > 1:
             out = out.reshape(batch_shape + out.shape[1:])
-        return out.to(kept.dtype).chunk(self.outputs_per_entry, -mask.event_dim)  # whatever autocast made of it
+        return out.to(kept.dtype).chunk(self.outputs_per_entry, -mask.event_dim)  # autocast may have changed the dtype
 
-    def _no_ladj(self, x: Tensor) -> Tensor:
+    def zero_ladj(self, x: Tensor) -> Tensor:
+        """The log-determinant of a map that keeps volumes, shaped like the batch of x."""
         return x.new_zeros(x.shape[: x.dim() - self.mask.event_dim])
 
     def changed_entries(self, changed, *, forward=True):
         kept, others = self.mask.split(changed)
         return self.mask.join(kept, torch.ones_like(others))
+
+    @classmethod
+    def check_options(cls, **options) -> dict:
+        """Those of the options that are not None, if the class takes them; ready-made flows pass them on.
+
+        Raises:
+            ValueError: an option that this coupling does not have.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        unknown = given.keys() - inspect.signature(cls).parameters.keys()
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no option {sorted(unknown)}: leave it out, or pass a coupling that has it, "
+                "such as AffineCoupling"
+            )
+        return given
 
 
 class AffineCoupling(Coupling):
@@ -105,21 +160,22 @@ class AffineCoupling(Coupling):
     def extra_repr(self) -> str:
         return f"max_log_scale={self.max_log_scale}"
 
-    def _log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        raw, shift = self._condition_on(kept, context)
-        # Not tanh: its gradient dies exponentially, and a log-scale that once ran into the bound would never come back.
+    def log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """s and t of the changed entries."""
+        raw, shift = self.read(kept, context)
+        # The gradient of tanh would die exponentially, and a log-scale that once reached the bound would stay there.
         slope = math.pi / (2 * self.max_log_scale)
         return torch.atan(raw * slope) / slope, shift
 
     def forward_and_ladj(self, x, context=None):
-        kept, changed = self._split(x, context)
-        log_scale, shift = self._log_scale_and_shift(kept, context)
+        kept, changed = self.split(x, context)
+        log_scale, shift = self.log_scale_and_shift(kept, context)
         y = self.mask.join(kept, torch.addcmul(shift, changed, log_scale.exp()))
         return y, sum_events(log_scale, self.mask.event_dim)
 
     def inverse_and_ladj(self, y, context=None):
-        kept, changed = self._split(y, context)
-        log_scale, shift = self._log_scale_and_shift(kept, context)
+        kept, changed = self.split(y, context)
+        log_scale, shift = self.log_scale_and_shift(kept, context)
         x = self.mask.join(kept, (changed - shift) / log_scale.exp())
         return x, -sum_events(log_scale, self.mask.event_dim)
 
@@ -137,17 +193,17 @@ class VolumePreservingCoupling(AffineCoupling):
         tensor([0., 0., 0.])
     """
 
-    def _log_scale_and_shift(self, kept, context):
-        log_scale, shift = super()._log_scale_and_shift(kept, context)
+    def log_scale_and_shift(self, kept, context):
+        log_scale, shift = super().log_scale_and_shift(kept, context)
         return log_scale - log_scale.mean(tuple(range(-self.mask.event_dim, 0)), keepdim=True), shift
 
     def forward_and_ladj(self, x, context=None):
         y, _ = super().forward_and_ladj(x, context)
-        return y, self._no_ladj(y)
+        return y, self.zero_ladj(y)
 
     def inverse_and_ladj(self, y, context=None):
         x, _ = super().inverse_and_ladj(y, context)
-        return x, self._no_ladj(x)
+        return x, self.zero_ladj(x)
 
 
 class AdditiveCoupling(Coupling):
@@ -171,13 +227,13 @@ class AdditiveCoupling(Coupling):
     outputs_per_entry = 1
 
     def forward_and_ladj(self, x, context=None):
-        kept, changed = self._split(x, context)
-        (shift,) = self._condition_on(kept, context)
+        kept, changed = self.split(x, context)
+        (shift,) = self.read(kept, context)
         y = self.mask.join(kept, changed + shift)
-        return y, self._no_ladj(y)
+        return y, self.zero_ladj(y)
 
     def inverse_and_ladj(self, y, context=None):
-        kept, changed = self._split(y, context)
-        (shift,) = self._condition_on(kept, context)
+        kept, changed = self.split(y, context)
+        (shift,) = self.read(kept, context)
         x = self.mask.join(kept, changed - shift)
-        return x, self._no_ladj(x)
+        return x, self.zero_ladj(x)

@@ -30,6 +30,8 @@ class Standardize(Bijection):
         tensor([0., 0.])
     """
 
+    elementwise = True
+
     def __init__(self, input_dim: int):
         super().__init__((input_dim,))
         self.register_buffer("mean", torch.zeros(input_dim))
@@ -56,9 +58,6 @@ class Standardize(Bijection):
     def inverse_and_ladj(self, y, context=None):
         return y * self.std + self.mean, self.std.log().sum().expand(y.shape[:-1])
 
-    def changed_entries(self, changed, *, forward=True):
-        return changed
-
 
 class Logit(Bijection):
     r""":math:`y = \operatorname{logit}(\alpha + (1 - 2\alpha)\, x),\quad
@@ -83,6 +82,8 @@ class Logit(Bijection):
         tensor([-2.9444,  0.0000,  2.9444])
     """
 
+    elementwise = True
+
     def __init__(self, alpha: float = 0.05):
         super().__init__(())
         if not 0 <= alpha < 0.5:
@@ -104,9 +105,6 @@ class Logit(Bijection):
     def inverse_and_ladj(self, y, context=None):
         low, high = (y.new_tensor(bound) for bound in (self.domain.lower_bound, self.domain.upper_bound))
         return torch.lerp(low, high, torch.sigmoid(y)), -self._ladj(y)  # lerp is exact at both ends
-
-    def changed_entries(self, changed, *, forward=True):
-        return changed
 
 
 class Unbound(Bijection):
@@ -135,6 +133,8 @@ class Unbound(Bijection):
         tensor([0., 0., 7.])
     """
 
+    elementwise = True
+
     def __init__(self, low: Tensor | Sequence[float], high: Tensor | Sequence[float]):
         low, high = (torch.as_tensor(bound) for bound in (low, high))
         if not low.is_floating_point() or low.dtype != high.dtype:
@@ -148,10 +148,6 @@ class Unbound(Bijection):
     @property
     def domain(self) -> constraints.Constraint:
         return constraints.independent(constraints.interval(self.low, self.high), 1)
-
-    @domain.setter
-    def domain(self, _) -> None:
-        """It follows from the bounds, wherever these are."""
 
     def _bounded(self) -> tuple[Tensor, Tensor]:
         return self.low.isfinite(), self.high.isfinite()
@@ -177,9 +173,6 @@ class Unbound(Bijection):
         x = x.clamp(torch.nextafter(self.low, self.high), torch.nextafter(self.high, self.low))
         ladj = torch.where(both, (high - low).log() - F.softplus(between) - F.softplus(-between), up - down)
         return x, ladj.sum(-1)
-
-    def changed_entries(self, changed, *, forward=True):
-        return changed
 
 
 def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A part of the event leaves, and the rest goes on."""
 
-from pyro.distributions.conditional import ConditionalTransform
-
 from .bijection import Bijection
 from .masks import Mask
 from .shapes import broadcast_batch
 
 
-@ConditionalTransform.register
 class FactorOut(Bijection):
     r""":math:`y_b = x_b,\quad y_{1-b} = f(x_{1-b}),\quad
     \log|\det \partial y / \partial x| = \log|\det \partial f / \partial x_{1-b}|`: from data to latent, a part of the
@@ -25,6 +22,7 @@ class FactorOut(Bijection):
         ValueError: f does not fit the entries that go on.
 
     Example:
+        >>> import torch
         >>> from pyro_realnvp import masks, real_nvp
         >>> f = FactorOut(masks.half(4), real_nvp(2))
         >>> f(torch.ones(4))

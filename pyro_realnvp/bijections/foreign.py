@@ -13,6 +13,7 @@ class Foreign(Bijection):
     def __init__(self, transform: Transform):
         super().__init__((None,) * transform.domain.event_dim)
         self.transform = transform
+        self.elementwise = not self.event_shape
         self.domain, self.codomain = transform.domain, transform.codomain
 
     def forward_and_ladj(self, x, context=None):
@@ -28,9 +29,6 @@ class Foreign(Bijection):
         ladj = -self.transform.log_abs_det_jacobian(x, y)
         _drop_cache(self.transform)
         return x, ladj
-
-    def changed_entries(self, changed, *, forward=True):
-        return torch.ones_like(changed) if self.domain.event_dim else changed
 
     def forward_shape(self, shape):
         return torch.Size(self.transform.forward_shape(shape))

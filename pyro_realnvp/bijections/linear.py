@@ -3,7 +3,6 @@
 
 import torch
 import torch.nn.functional as F
-from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 
 from .bijection import Bijection
@@ -93,6 +92,7 @@ class TriangularAffine(Bijection):
 
     def __init__(self, input_dim: int, *, full: bool = True):
         super().__init__((input_dim,))
+        self.elementwise = not full
         self.register_buffer("start_loc", torch.zeros(input_dim))
         self.register_buffer("start_tril", torch.eye(input_dim) if full else torch.ones(input_dim))
         self.loc = nn.Parameter(torch.zeros(input_dim))
@@ -127,9 +127,6 @@ class TriangularAffine(Bijection):
         start = self.start_tril if self.lower is None else self.start_tril.diagonal()
         return start.log().sum() + self.log_diagonal.sum()
 
-    def changed_entries(self, changed, *, forward=True):
-        return changed if self.lower is None else torch.ones_like(changed)
-
 
 def _solve(tril: Tensor, x: Tensor) -> Tensor:
     """The vectors in the rows of x, divided by a lower triangular matrix."""
@@ -137,7 +134,6 @@ def _solve(tril: Tensor, x: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(tril.mT, rows, upper=True, left=False).reshape(x.shape)
 
 
-@ConditionalTransform.register
 class ConditionalAffine(Bijection):
     r""":math:`y = x \odot \exp(s(c)) + t(c),\quad \log|\det \partial y / \partial x| = \sum s`: location and scale
     from a context, which s and t read through one linear layer. Identity at birth.
@@ -154,6 +150,8 @@ class ConditionalAffine(Bijection):
         torch.Size([5, 2])
     """
 
+    elementwise = True
+
     def __init__(self, input_dim: int, context_dim: int):
         super().__init__((input_dim,), context_dim=context_dim)
         self.linear = nn.Linear(context_dim, 2 * input_dim)
@@ -169,6 +167,3 @@ class ConditionalAffine(Bijection):
         log_scale, shift = self.linear(context).chunk(2, -1)
         x = (y - shift) * (-log_scale).exp()
         return x, -log_scale.sum(-1).expand(x.shape[:-1])
-
-    def changed_entries(self, changed, *, forward=True):
-        return changed

@@ -13,6 +13,8 @@ from .shapes import along_channels, channel_events, positions
 class _Normalization(Bijection):
     """What both share: statistics for each entry of a vector or for each channel of an image."""
 
+    elementwise = True
+
     def __init__(self, input_dim: int, event_dim: int):
         super().__init__(channel_events(input_dim, event_dim))
 
@@ -30,9 +32,6 @@ class _Normalization(Bijection):
         """Whether x may move statistics: a pass that trains, over at least two events."""
         batch_shape = x.shape[: x.dim() - len(self.event_shape)]
         return self.training and torch.is_grad_enabled() and batch_shape.numel() > 1
-
-    def changed_entries(self, changed, *, forward=True):
-        return changed
 
 
 class ActNorm(_Normalization):

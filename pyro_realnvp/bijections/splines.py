@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pyro.distributions.transforms as T
 import torch
-from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 
 from .bijection import Bijection
@@ -26,7 +25,6 @@ def identity_spline() -> T.Spline:
     return spline
 
 
-@ConditionalTransform.register
 class ConditionalSpline(Bijection):
     """A spline whose knots a network reads from the context."""
 

@@ -31,7 +31,7 @@ def image_real_nvp(
     num_blocks: int = 2,
     context_dim: int = 0,
     context_image: Sequence[int] | None = None,
-    max_log_scale: float = 3.0,
+    max_log_scale: float | None = None,
     coupling: type[Coupling] = AffineCoupling,
     conditioner: Callable[..., nn.Module] | None = None,
     between: Callable[[int], Bijection] | None = _act_norm,
@@ -57,8 +57,9 @@ def image_real_nvp(
         context_dim: width of the context for a conditional flow, 0 for none.
         context_image: the shape (C', H, W) of a context that is an image, of the same height and width, and is given
             flattened.
-        max_log_scale: bound of each coupling's log-scale.
-        coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling` or :class:`VolumePreservingCoupling`.
+        max_log_scale: the bound of each coupling's log-scale; by default the coupling's own.
+        coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling`, :class:`VolumePreservingCoupling` or a
+            :class:`Coupling` of your own.
         conditioner: makes the networks in place of ``ConvResNet``, given the numbers of channels of input and output
             (and ``context_dim=``, or ``context_image=`` and ``context_scale=``, if there is a context). The last layer
             of each should start at zero.
@@ -108,7 +109,7 @@ def glow(
     num_blocks: int = 1,
     context_dim: int = 0,
     context_image: Sequence[int] | None = None,
-    max_log_scale: float = 3.0,
+    max_log_scale: float | None = None,
     coupling: type[Coupling] = AffineCoupling,
     conditioner: Callable[..., nn.Module] | None = None,
     checkpoint: bool = False,
@@ -200,7 +201,7 @@ def _coupling_maker(
                 f"got {tuple(context_image)} and {context_dim} for an image of shape {tuple(image_shape)}"
             )
         context_dim = torch.Size(context_image).numel()
-    options = {"max_log_scale": max_log_scale} if issubclass(coupling, AffineCoupling) else {}
+    options = coupling.check_options(max_log_scale=max_log_scale)
 
     def make(mask: Mask, scale: int) -> Coupling:
         given: dict = {"context_dim": context_dim} if context_dim else {}

@@ -45,7 +45,7 @@ class DirectELBO(Trace_ELBO):
         if particles > 1:  # the axis of the particles is on the left of all plates, as Pyro has it
             model = self._vectorized_num_particles(model)
         noise = base.sample((particles,))
-        z, ladj = transform.evaluate(noise, forward=True, remember=False)
+        z, ladj = transform.forward_and_ladj(noise)
         log_q = base.log_prob(noise) - ladj
         if self.path_derivative:
             with frozen(self.parameters):  # log q as a function of z only
