@@ -23,7 +23,7 @@ docs: .venv/docs  ## warnings are errors; the page is docs/_build/html/index.htm
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: .venv/bench  ## tables of quality and speed, beside Pyro, Zuko, nflows, normflows and FrEIA
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m benchmarks
 
 # Each extra is installed once, and again when the dependencies change.
 .venv/%: pyproject.toml constraints.txt | .venv/bin/python

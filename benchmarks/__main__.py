@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.benchmarks`` prints all tables; ``python -m tests.benchmarks speed moons`` some of them."""
+"""``python -m benchmarks`` prints all tables; ``python -m benchmarks speed moons`` some of them."""
 
 import importlib
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits/dim of complete MNIST: ``python -m tests.benchmarks.mnist --data FOLDER --out FOLDER [--model all]``.
+"""Bits/dim of complete MNIST: ``python -m benchmarks.mnist --data FOLDER --out FOLDER [--model all]``.
 
 All contenders go through the same loop here. A run writes what it has every minute and goes on from there when it is
 started again; a finished one prints its result. DATA/mnist.npz holds x_train and x_test, (N, 28, 28) of uint8.
@@ -35,7 +35,7 @@ SECONDS_BETWEEN_SAVES = 60
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.mnist", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mnist", description=__doc__.splitlines()[0])
     data = os.environ.get("PYRO_REALNVP_DATA")
     parser.add_argument("--data", default=data, required=data is None, help="folder; also PYRO_REALNVP_DATA")
     parser.add_argument("--out", required=True, help="folder of the runs' states, one MODEL.pt each")
