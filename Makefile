@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND ?= agg
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo test quick lint format docs bench clean
 
 demo: .venv/plots  ## train two moons, print the numbers, write the pictures
 	$(BIN)/python examples/two_moons.py --out pictures
 
 test: .venv/test lint  ## what CI runs: lint, tests, doctests, examples in short mode
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+quick: export HYPOTHESIS_PROFILE = quick
+quick: .venv/test  ## a test of each feature and two fixed instances for each law, in less than a minute
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import hypothesis
 import pyro
 import pytest
@@ -13,7 +15,12 @@ hypothesis.settings.register_profile(
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # to explain a failure would trace all of torch
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
-hypothesis.settings.load_profile("ci")
+CI = hypothesis.settings.get_profile("ci")
+hypothesis.settings.register_profile("quick", CI, max_examples=2)
+hypothesis.settings.register_profile(
+    "deep", CI, derandomize=False, database=None, max_examples=300, phases=list(hypothesis.Phase)
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)
 
 

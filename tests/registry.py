@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyro.distributions.transforms as T
 import torch
+from helpers import perturb
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -164,14 +165,6 @@ CASES = [
     Case("mixed", rn.Compose, draw_mixed, plain=False),
     Case("spline", ConditionalSpline, lambda draw: ConditionalSpline(2, (8,)), plain=False),
 ]
-
-
-def perturb(f: rn.Bijection, scale: float = 0.2) -> rn.Bijection:
-    """Moves every parameter away from birth, where all flows are the identity."""
-    with torch.no_grad():
-        for p in f.parameters():
-            p.add_(scale * torch.randn_like(p))
-    return f
 
 
 @st.composite

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from registry import perturb
+from helpers import perturb
 
 import pyro_realnvp as rn
 
@@ -39,12 +39,14 @@ def test_density_integrates_to_one(make):
         assert integral(d.log_prob) == pytest.approx(1.0, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_conditional_density_integrates_to_one():
     flow = rn.Flow(perturb(rn.real_nvp(2, num_couplings=4, context_dim=3), 0.15)).double()
     for context in torch.randn(3, 3, dtype=torch.float64):
         assert integral(flow(context).log_prob) == pytest.approx(1.0, abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base",
     [
@@ -73,6 +75,7 @@ def test_fit_recovers_a_gaussian():
     torch.testing.assert_close(samples.T.cov(), truth.covariance_matrix, atol=0.15, rtol=0)
 
 
+@pytest.mark.slow
 def test_conditional_fit_recovers_a_conditional_gaussian():
     c = torch.rand(4000, 1) * 4 - 2
     x = torch.cat([c + 0.5 * torch.randn(4000, 1), (c.exp() / 4) * torch.randn(4000, 1)], -1)

@@ -7,19 +7,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import make_flow, perturb, table
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from registry import perturb
 
 import pyro_realnvp as rn
 
 
-def make_flow(dim=2, **kwargs):
-    return rn.Flow(perturb(rn.real_nvp(dim, num_couplings=4, hidden_dims=(8,), **kwargs)))
+def moved_flow(**options):
+    return perturb(make_flow(**options))
 
 
 def test_agrees_with_transformed_distribution():
-    flow, x = make_flow(), torch.randn(7, 2)
+    flow, x = moved_flow(), torch.randn(7, 2)
     d = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [flow.bijection])
     torch.testing.assert_close(flow().log_prob(x), d.log_prob(x))
     y, log_prob = flow().rsample_and_log_prob((5,))
@@ -29,7 +29,7 @@ def test_agrees_with_transformed_distribution():
 
 
 def test_shapes():
-    flow = make_flow(context_dim=3)
+    flow = moved_flow(context_dim=3)
     d = flow(torch.randn(4, 3))
     assert (d.batch_shape, d.event_shape, d.event_dim) == ((4,), (2,), 1)
     assert d.has_rsample
@@ -41,7 +41,7 @@ def test_shapes():
 
 
 def test_in_a_model_with_plates():
-    flow = make_flow()
+    flow = moved_flow()
 
     def model():
         pyro.module("flow", flow)
@@ -57,7 +57,7 @@ def test_in_a_model_with_plates():
 
 
 def test_as_a_prior_under_autonormal_and_nuts():
-    flow = make_flow()
+    flow = moved_flow()
 
     def model():
         z = pyro.sample("z", flow())
@@ -88,20 +88,21 @@ def test_base_of_any_callable():
 
 
 def test_saves_loads_and_copies():
-    flow, x = make_flow(), torch.randn(5, 2)
+    flow, x = moved_flow(), torch.randn(5, 2)
     expected = flow().log_prob(x)
     buffer = io.BytesIO()
     torch.save(flow.state_dict(), buffer)
     buffer.seek(0)
-    fresh = make_flow()
+    fresh = moved_flow()
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     for clone in (fresh, copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
         torch.testing.assert_close(clone().log_prob(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     """Elsewhere the suite compiles without code generation; this is the whole way, with a second batch size."""
-    flow, x = make_flow(), torch.randn(16, 2)
+    flow, x = moved_flow(), torch.randn(16, 2)
     score = torch.compile(lambda x: flow().log_prob(x), fullgraph=True)
     torch.testing.assert_close(score(x), flow().log_prob(x))
     score(x).sum().backward()
@@ -117,23 +118,47 @@ def test_an_elementwise_bijection_with_an_event_shape():
     torch.testing.assert_close(flow().log_prob(y), expected)
 
 
-@pytest.mark.parametrize(
+@table(
     ("make", "error", "message"),
-    [
-        (lambda: rn.Flow(dist.transforms.Spline(2)), TypeError, "expected a Bijection.*Compose"),
-        (lambda: rn.Flow(rn.Compose([dist.transforms.Householder(2)])), ValueError, "pass event_shape="),
-        (lambda: rn.Flow(rn.real_nvp(2), event_shape=(3,)), ValueError, r"expected event shape \(2,\)"),
-        (lambda: rn.Flow(rn.real_nvp(2), base=lambda: dist.Normal(torch.zeros(2), 1.0)), ValueError, "to_event"),
-        (lambda: make_flow()(torch.zeros(3)), ValueError, "takes no context"),
-        (lambda: make_flow(context_dim=3)(), ValueError, "width 3; got none"),
-        (lambda: make_flow(context_dim=3)(torch.zeros(4, 2)), ValueError, r"\(..., 3\); got shape \(4, 2\)"),
-        (lambda: make_flow()().log_prob(torch.zeros(5, 3)), ValueError, "event.shape"),
-        (lambda: make_flow()().log_prob(torch.full((5, 2), torch.nan)), ValueError, "support"),
-        (lambda: make_flow()().log_prob(torch.zeros(5, 2).double()), TypeError, "parameters of torch.float32"),
-        (lambda: make_flow()(temperature=0.0), ValueError, "temperature > 0"),
-        (lambda: rn.Base(dist.Normal, loc=0.0, scale=1.0), TypeError, "torch.tensor"),
-        (lambda: rn.Base(dist.Normal, loc=torch.zeros(2), scale=-torch.ones(2)), ValueError, "scale"),
-    ],
+    {
+        "Pyro's transform": (lambda: rn.Flow(dist.transforms.Spline(2)), TypeError, "expected a Bijection.*Compose"),
+        "no event shape": (
+            lambda: rn.Flow(rn.Compose([dist.transforms.Householder(2)])),
+            ValueError,
+            "pass event_shape=",
+        ),
+        "other event shape": (
+            lambda: rn.Flow(rn.real_nvp(2), event_shape=(3,)),
+            ValueError,
+            r"expected event shape \(2,\)",
+        ),
+        "base of scalars": (
+            lambda: rn.Flow(rn.real_nvp(2), base=lambda: dist.Normal(torch.zeros(2), 1.0)),
+            ValueError,
+            "to_event",
+        ),
+        "unwanted context": (lambda: moved_flow()(torch.zeros(3)), ValueError, "takes no context"),
+        "no context": (lambda: moved_flow(context_dim=3)(), ValueError, "width 3; got none"),
+        "context shape": (
+            lambda: moved_flow(context_dim=3)(torch.zeros(4, 2)),
+            ValueError,
+            r"\(..., 3\); got shape \(4, 2\)",
+        ),
+        "value shape": (lambda: moved_flow()().log_prob(torch.zeros(5, 3)), ValueError, "event.shape"),
+        "nan": (lambda: moved_flow()().log_prob(torch.full((5, 2), torch.nan)), ValueError, "support"),
+        "other precision": (
+            lambda: moved_flow()().log_prob(torch.zeros(5, 2).double()),
+            TypeError,
+            "parameters of torch.float32",
+        ),
+        "temperature zero": (lambda: moved_flow()(temperature=0.0), ValueError, "temperature > 0"),
+        "base of numbers": (lambda: rn.Base(dist.Normal, loc=0.0, scale=1.0), TypeError, "torch.tensor"),
+        "base of negative scale": (
+            lambda: rn.Base(dist.Normal, loc=torch.zeros(2), scale=-torch.ones(2)),
+            ValueError,
+            "scale",
+        ),
+    },
 )
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):

@@ -9,6 +9,7 @@ import pandas
 import pytest
 import sklearn
 import torch
+from helpers import table
 from scipy import stats
 from sklearn.base import clone
 from sklearn.datasets import load_iris, make_moons
@@ -30,6 +31,7 @@ def small(**options):
     )
 
 
+@pytest.mark.slow
 @parametrize_with_checks(
     [small(num_couplings=2, num_steps=5), small(num_couplings=2, num_steps=5, support=(-1e6, None))]
 )
@@ -49,14 +51,15 @@ def test_a_gaussian_is_found_in_its_own_units():
     assert np.corrcoef(samples.T)[0, 1] == pytest.approx(np.corrcoef(X.T)[0, 1], abs=0.1)
 
 
-@pytest.mark.parametrize(
+@pytest.mark.slow
+@table(
     ("support", "low", "high"),
-    [
-        ("real", -9, 9),
-        ("positive", 0, 40),
-        ([(0, 1), (-1, None)], (0, -1), (1, 40)),
-        ({1: (None, 2)}, (-9, -40), (9, 2)),
-    ],
+    {
+        "real": ("real", -9, 9),
+        "positive": ("positive", 0, 40),
+        "by column": ([(0, 1), (-1, None)], (0, -1), (1, 40)),
+        "upper bound of one": ({1: (None, 2)}, (-9, -40), (9, 2)),
+    },
 )
 def test_densities_integrate_to_one(support, low, high):
     low, high = np.broadcast_to(low, 2), np.broadcast_to(high, 2)
@@ -70,6 +73,7 @@ def test_densities_integrate_to_one(support, low, high):
     assert np.exp(density.score_samples(grid)).sum() * cell == pytest.approx(1, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_one_column_is_a_spline():
     data = np.concatenate([RNG.normal(-2, 0.3, 500), RNG.normal(2, 0.3, 500)])[:, None]
     density = small(num_steps=600).fit(data)
@@ -81,6 +85,7 @@ def test_one_column_is_a_spline():
     assert density.sample(7).shape == (7, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [1, 2])
 def test_a_conditional_density(dim):
     context = RNG.normal(3, 10, size=(1000, 2))
@@ -95,6 +100,7 @@ def test_a_conditional_density(dim):
     np.testing.assert_allclose(draws.mean(1), [10, -10, 0], atol=1.0)
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_rows():
     """Half of the rows, the left ones, weigh nothing."""
     data = np.concatenate([RNG.normal(-5, 1, size=(300, 2)), RNG.normal(5, 1, size=(300, 2))])
@@ -157,17 +163,20 @@ def test_supports_by_the_names_of_columns():
         density.score_samples(frame[["z", "age", "share"]])
 
 
-@pytest.mark.parametrize(
+@table(
     ("support", "message"),
-    [
-        ("positive", r"300 of 300 rows of X lie outside of the support, such as \[.*\]: pass another support="),
-        (["real"], "a support for each of the 2 columns; got 1"),
-        ("natural", "expected 'real', 'positive' or a pair .* got 'natural'"),
-        ([(0, 1, 2), "real"], r"got \(0, 1, 2\)"),
-        ((3, 1), "lie outside"),
-        ({"age": "positive"}, "name columns of 2; got 'age'"),
-        ({2: "positive"}, "got 2"),
-    ],
+    {
+        "rows outside": (
+            "positive",
+            r"300 of 300 rows of X lie outside of the support, such as \[.*\]: pass another support=",
+        ),
+        "too few": (["real"], "a support for each of the 2 columns; got 1"),
+        "unknown name": ("natural", "expected 'real', 'positive' or a pair .* got 'natural'"),
+        "triple": ([(0, 1, 2), "real"], r"got \(0, 1, 2\)"),
+        "empty interval": ((3, 1), "lie outside"),
+        "name without names": ({"age": "positive"}, "name columns of 2; got 'age'"),
+        "column too high": ({2: "positive"}, "got 2"),
+    },
 )
 def test_bad_supports(support, message):
     with pytest.raises(ValueError, match=message):
@@ -204,6 +213,7 @@ def test_copies(tmp_path):
     assert not hasattr(clone(density), "flow_")
 
 
+@pytest.mark.slow
 def test_pipelines_and_searches():
     iris = load_iris().data
     pipeline = make_pipeline(StandardScaler(), PCA(2), small()).fit(iris)
@@ -238,6 +248,7 @@ def test_verbose_shows_a_bar(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_noise_helps_where_rows_are_few():
     points = make_moons(60, noise=0.1, random_state=0)[0]
     test = make_moons(2000, noise=0.1, random_state=1)[0]
@@ -245,22 +256,22 @@ def test_noise_helps_where_rows_are_few():
     assert small(**options, noise=0.3).fit(points).score(test) > small(**options, noise=0).fit(points).score(test)
 
 
-@pytest.mark.parametrize(
+@table(
     ("call", "message"),
-    [
-        (lambda d: d.fit(X[:2]), "minimum of 3"),
-        (lambda d: d.fit(np.full((10, 2), np.nan)), "NaN"),
-        (lambda d: d.fit(np.c_[X, np.ones(300)]), r"columns \[2\] are constant"),
-        (lambda d: d.fit(X, sample_weight=-np.ones(300)), "[Nn]egative"),
-        (lambda d: d.fit(X, sample_weight=np.zeros(300)), "weights"),
-        (lambda d: d.fit(X, context=np.ones((10, 2))), "inconsistent numbers"),
-        (lambda d: d.fit(X, context=np.full((300, 2), np.inf)), "context contains infinity"),
-        (lambda d: d.fit(X).score_samples(X, context=X), "context of no columns, as in fit; got 2"),
-        (lambda d: d.fit(X, context=X).score_samples(X), "context of 2 columns, as in fit; got none"),
-        (lambda d: d.fit(X, context=X).sample(3), "context of 2 columns, as in fit; got none"),
-        (lambda d: d.fit(X).sample(0), "n_samples >= 1"),
-        (lambda d: d.set_params(validation=1.0).fit(X), "two rows"),
-    ],
+    {
+        "two rows": (lambda d: d.fit(X[:2]), "minimum of 3"),
+        "nan": (lambda d: d.fit(np.full((10, 2), np.nan)), "NaN"),
+        "constant column": (lambda d: d.fit(np.c_[X, np.ones(300)]), r"columns \[2\] are constant"),
+        "negative weights": (lambda d: d.fit(X, sample_weight=-np.ones(300)), "[Nn]egative"),
+        "zero weights": (lambda d: d.fit(X, sample_weight=np.zeros(300)), "weights"),
+        "context rows": (lambda d: d.fit(X, context=np.ones((10, 2))), "inconsistent numbers"),
+        "context inf": (lambda d: d.fit(X, context=np.full((300, 2), np.inf)), "context contains infinity"),
+        "unwanted context": (lambda d: d.fit(X).score_samples(X, context=X), "context of no columns, as in fit; got 2"),
+        "no context": (lambda d: d.fit(X, context=X).score_samples(X), "context of 2 columns, as in fit; got none"),
+        "no context to sample": (lambda d: d.fit(X, context=X).sample(3), "context of 2 columns, as in fit; got none"),
+        "no samples": (lambda d: d.fit(X).sample(0), "n_samples >= 1"),
+        "all held out": (lambda d: d.set_params(validation=1.0).fit(X), "two rows"),
+    },
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 import matplotlib
 import pytest
 import torch
+from helpers import table
 
 import pyro_realnvp as rn
 
@@ -64,12 +65,12 @@ def test_loss():
     plots.plot_loss(rn.History()).figure.canvas.draw()
 
 
-@pytest.mark.parametrize(
+@table(
     ("draw", "message"),
-    [
-        (lambda x: plots.plot_density(rn.Flow(rn.real_nvp(3)), x), "a flow of two dimensions"),
-        (lambda x: plots.plot_layers(rn.Flow(rn.Permute(torch.tensor([1, 0]))), x), "around a Compose"),
-    ],
+    {
+        "three dimensions": (lambda x: plots.plot_density(rn.Flow(rn.real_nvp(3)), x), "a flow of two dimensions"),
+        "no Compose": (lambda x: plots.plot_layers(rn.Flow(rn.Permute(torch.tensor([1, 0]))), x), "around a Compose"),
+    },
 )
 def test_bad_input(draw, message, x):
     with pytest.raises(ValueError, match=message):

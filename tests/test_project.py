@@ -2,14 +2,12 @@
 """The house is in order: floors, sizes, the README's code, the examples."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import pytest
+from helpers import run_python
 
 import pyro_realnvp
 
@@ -90,6 +88,7 @@ def test_every_public_name_has_a_docstring():
             assert value.__doc__, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_readmes_code_runs(tmp_path, monkeypatch):
     """All blocks, one after the other, in one namespace, with short training."""
@@ -105,10 +104,8 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_examples_run_in_short_mode(example, tmp_path):
-    command = [sys.executable, str(example), "--num-steps", "4", "--out", str(tmp_path)]
-    env = os.environ | {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_python(example, "--num-steps", "4", "--out", tmp_path, cwd=tmp_path)
     assert list(tmp_path.glob("*.png"))

@@ -10,21 +10,13 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
+from helpers import perturb, small
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from torch import nn
 
 import pyro_realnvp as rn
 from pyro_realnvp import masks
-
-rand_flow = partial(rn.real_nvp, num_couplings=4, hidden_dims=(16,))
-
-
-def trained_like(flow, scale=0.2):
-    with torch.no_grad():
-        for p in flow.parameters():
-            p.add_(scale * torch.randn_like(p))
-    return flow
 
 
 def standard(dim, dtype=torch.float32):
@@ -35,6 +27,7 @@ def narrow_model():
     pyro.sample("z", dist.Normal(5.0, 0.1).expand([4]).to_event(1))
 
 
+@pytest.mark.slow
 def test_a_flow_guide_moves_every_coordinate():
     guide = AutoNormalizingFlow(narrow_model, partial(rn.real_nvp, num_couplings=4))
     svi = SVI(
@@ -69,7 +62,7 @@ def test_a_stack_that_never_changes_an_entry_is_refused():
 
 
 def test_scoring_after_an_edit_is_not_stale():
-    flow, x = trained_like(rand_flow(3)), torch.randn(5, 3)
+    flow, x = perturb(small(3, hidden_dims=(16,))), torch.randn(5, 3)
     d = dist.TransformedDistribution(standard(3), [flow])
     before = d.log_prob(x)
     with torch.no_grad():
@@ -77,10 +70,12 @@ def test_scoring_after_an_edit_is_not_stale():
     assert not torch.equal(d.log_prob(x), before)
 
 
-@pytest.mark.parametrize("optimizer", [partial(torch.optim.Adam, fused=True), torch.optim.SGD])
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.Adam, fused=True), torch.optim.SGD], ids=["fused Adam", "SGD"]
+)
 def test_a_kept_sample_is_rescored_after_training(optimizer):
     """Fused optimizers do not raise the version of what they write."""
-    flow, x = trained_like(rand_flow(3)), torch.randn(5, 3)
+    flow, x = perturb(small(3, hidden_dims=(16,))), torch.randn(5, 3)
     d = dist.TransformedDistribution(standard(3), [flow])
     opt = optimizer(flow.parameters(), lr=0.1)
     with torch.no_grad():
@@ -96,7 +91,7 @@ def test_a_kept_sample_is_rescored_after_training(optimizer):
 
 
 def test_full_batch_training_on_one_tensor():
-    flow, x = rand_flow(3), torch.randn(50, 3) * 0.3
+    flow, x = small(3, hidden_dims=(16,)), torch.randn(50, 3) * 0.3
     d = dist.TransformedDistribution(standard(3), [flow])
     opt = torch.optim.Adam(flow.parameters(), lr=1e-2)
     losses = []
@@ -110,7 +105,7 @@ def test_full_batch_training_on_one_tensor():
 
 
 def test_scoring_under_no_grad_before_training():
-    flow, x = trained_like(rand_flow(3)), torch.randn(5, 3)
+    flow, x = perturb(small(3, hidden_dims=(16,))), torch.randn(5, 3)
     d = dist.TransformedDistribution(standard(3), [flow])
     with torch.no_grad():
         z = d.log_prob(x), flow.inv(x)
@@ -127,7 +122,7 @@ def test_permutations_and_masks_are_part_of_the_state():
         )
 
     torch.manual_seed(1)
-    saved, x = trained_like(make()), torch.randn(5, 6)
+    saved, x = perturb(make()), torch.randn(5, 6)
     torch.manual_seed(2)
     fresh = make()
     assert not torch.allclose(fresh(x), saved(x))
@@ -138,13 +133,13 @@ def test_permutations_and_masks_are_part_of_the_state():
 
 
 def test_copies_after_use_with_a_foreign_part():
-    flow, x = rn.Compose([rand_flow(2), T.Spline(2), T.AffineTransform(1.0, 2.0)]), torch.randn(5, 2)
+    flow, x = rn.Compose([small(2, hidden_dims=(16,)), T.Spline(2), T.AffineTransform(1.0, 2.0)]), torch.randn(5, 2)
     flow(x), flow.inv(x), dist.TransformedDistribution(standard(2), [flow]).log_prob(x)
     torch.testing.assert_close(copy.deepcopy(flow)(x), flow(x))
 
 
 def test_a_foreign_part_is_not_stale():
-    flow, x = rn.Compose([rand_flow(2), T.Spline(2)]), torch.randn(5, 2)
+    flow, x = rn.Compose([small(2, hidden_dims=(16,)), T.Spline(2)]), torch.randn(5, 2)
     d = dist.TransformedDistribution(standard(2), [flow])
     for _ in range(3):
         d.log_prob(x).sum().backward()
@@ -154,6 +149,7 @@ def test_a_foreign_part_is_not_stale():
     assert not torch.equal(d.log_prob(x), before)
 
 
+@pytest.mark.slow
 def test_a_log_scale_beyond_the_bound_comes_back():
     """Behind a hard clip the raw value runs away; where the gradient dies, it never returns."""
     mask = masks.half(2)
@@ -181,16 +177,16 @@ def test_float32_round_trip_of_a_deep_flow():
     x = 10 * torch.randn(1000, 20)
     flow = rn.real_nvp(20, num_couplings=32)
     assert torch.equal(flow.inv(flow(x).clone()), x)
-    trained_like(flow, 0.05)
+    perturb(flow, 0.05)
     for there in (flow, flow.inv):
         y = there(x)
         assert (y - x).abs().max() > 1
         assert ((there.inv(y.clone()) - x).abs() / x.abs().clamp(min=1)).max() < 1e-3
 
 
-@pytest.mark.parametrize("batch_shape", [(3,), (2, 3), ()])
+@pytest.mark.parametrize("batch_shape", [(3,), (2, 3), ()], ids=str)
 def test_conditional_flows_have_the_batch_shape_of_their_context(batch_shape):
-    flow = trained_like(rand_flow(2, context_dim=4))
+    flow = perturb(small(2, hidden_dims=(16,), context_dim=4))
     d = dist.ConditionalTransformedDistribution(standard(2), [flow]).condition(torch.randn(*batch_shape, 4))
     assert d.batch_shape == batch_shape
     assert d.sample().shape == (*batch_shape, 2)
@@ -201,7 +197,7 @@ def test_conditional_flows_have_the_batch_shape_of_their_context(batch_shape):
 
 
 def test_conditional_flows_train_their_parameters_and_their_encoder():
-    encoder, flow = nn.Linear(6, 4), trained_like(rand_flow(2, context_dim=4))
+    encoder, flow = nn.Linear(6, 4), perturb(small(2, hidden_dims=(16,), context_dim=4))
     d = dist.ConditionalTransformedDistribution(standard(2), [flow]).condition(encoder(torch.randn(3, 6)))
     d.log_prob(torch.randn(3, 2)).sum().backward()
     assert all(p.grad is not None for p in (*encoder.parameters(), *flow.parameters()))
@@ -209,7 +205,7 @@ def test_conditional_flows_train_their_parameters_and_their_encoder():
 
 
 def test_modules_keep_working_in_torchs_wrappers():
-    flow, x = trained_like(rand_flow(3)), torch.randn(4, 3)
+    flow, x = perturb(small(3, hidden_dims=(16,))), torch.randn(4, 3)
     assert len(list(flow.inv.parameters())) == len(list(flow.parameters())) > 0
     assert flow.with_cache(0) is flow
     independent = torch.distributions.IndependentTransform(flow, 1)
@@ -221,7 +217,7 @@ def test_modules_keep_working_in_torchs_wrappers():
 
 class TestNormalisationIsNotConsumedByAccident:
     def flow(self):
-        return rn.Flow(rand_flow(3, between=lambda dim: rn.ActNorm(dim).inv))
+        return rn.Flow(small(3, hidden_dims=(16,), between=lambda dim: rn.ActNorm(dim).inv))
 
     def norms(self, flow):
         return [m for m in flow.modules() if isinstance(m, rn.ActNorm)]
@@ -274,7 +270,7 @@ class TestNormalisationIsNotConsumedByAccident:
 
 def test_parameters_that_were_only_lent_are_not_remembered():
     """functional_call puts other parameters in for the time of one call."""
-    flow, x = trained_like(rand_flow(3)), torch.randn(5, 3)
+    flow, x = perturb(small(3, hidden_dims=(16,))), torch.randn(5, 3)
     flow.inv(flow(x))
     with torch.no_grad():
         expected = flow.inv(flow(x).clone())

@@ -3,15 +3,18 @@
 
 import copy
 import pickle
+from functools import partial
 
+import helpers
 import pytest
 import torch
+from helpers import perturb, points
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_realnvp as rn
 
-X = torch.randn(410, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3.0]) + 1
+X = points(410)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -20,24 +23,23 @@ def nothing_compiled():
     torch._dynamo.reset()
 
 
-def make_flow(**options):
-    torch.manual_seed(1)
-    between = lambda dim: rn.ActNorm(dim).inv  # noqa: E731
-    return rn.Flow(rn.real_nvp(2, num_couplings=2, hidden_dims=(8,), between=between, **options))
+make_flow = partial(helpers.make_flow, seed=1, num_couplings=2, actnorm=True)
 
 
 def run(data=X, flow=None, **options):
     flow = make_flow() if flow is None else flow
-    options = {"num_steps": 24, "validate_every": 8, "batch_size": 64, "seed": 0, "progress": False} | options
+    options = {"num_steps": 24, "validate_every": 8, "batch_size": 64} | options
     if isinstance(data, DataLoader):
         del options["batch_size"]
-    return flow, rn.fit(flow, data, **options)
+    return flow, helpers.fit(flow, data, **options)
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_same_steps():
     assert run(compile=True)[1].loss == pytest.approx(run()[1].loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_short_last_batch_is_not_compiled_anew():
     """One graph for all whole batches, of which the loader has five to one short one."""
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -46,6 +48,7 @@ def test_a_short_last_batch_is_not_compiled_anew():
     assert losses == pytest.approx(run(loader, validation=X)[1].loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_flow_that_cannot_be_compiled_is_trained_as_it_is_with_one_warning():
     class Branching(rn.Flow):
         def forward(self, context=None):
@@ -60,6 +63,7 @@ def test_a_flow_that_cannot_be_compiled_is_trained_as_it_is_with_one_warning():
     assert history.loss == run()[1].loss
 
 
+@pytest.mark.slow
 def test_without_a_compiler():
     run(compile=True)  # the first compilation imports what warns by itself
     torch._dynamo.reset()
@@ -93,6 +97,7 @@ def test_device_moves_the_flow():
         run(device="cuda:99")
 
 
+@pytest.mark.slow
 def test_a_compiled_flow():
     flow, x = run()[0].eval(), torch.randn(100, 2)
     with torch.no_grad():
@@ -118,12 +123,11 @@ def seeded(flow):
     return flow().rsample_and_log_prob((100,))
 
 
+@pytest.mark.slow
 def test_a_compiled_bijection_keeps_its_rules():
     """Conditioned, its inverse, never stale."""
     flow = rn.real_nvp(2, num_couplings=2, hidden_dims=(8,), context_dim=3)
-    with torch.no_grad():
-        for p in flow.parameters():
-            p.add_(0.3 * torch.randn_like(p))
+    perturb(flow, 0.3)
     x, context = torch.randn(10, 2), torch.randn(10, 3)
     expected = flow.condition(context)(x)
     counter = CompileCounter()

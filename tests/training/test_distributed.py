@@ -2,22 +2,19 @@
 """Two processes train as one does."""
 
 import json
-import os
-import subprocess
-import sys
 
-import distributed_cases
 import pytest
+from helpers import run_python
+from training import distributed_cases
+
+pytestmark = pytest.mark.slow
 
 
 def torchrun(folder, which):
     """The results of both processes. (More restarts than needed, since on a busy machine gloo may fail to connect.)"""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "10", "--monitor-interval", "0.1", distributed_cases.__file__, str(folder), which]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(*command, timeout=400)
     return [json.loads((folder / f"{which}_{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flows inside Pyro's own inference: guides and NeuTra, each network evaluated once."""
 
-from functools import partial
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import count_evaluations, small
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import NeuTraReparam
-from test_bijections import count_evaluations
 
 import pyro_realnvp as rn
-
-small = partial(rn.real_nvp, num_couplings=4, hidden_dims=(8,))
 
 
 def model():

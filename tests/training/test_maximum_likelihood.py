@@ -1,26 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from functools import partial
 
+import helpers
 import numpy as np
 import pandas
 import pytest
 import torch
+from helpers import parameters, table
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_realnvp as rn
-from pyro_realnvp.training import snapshots
 
-
-def make_flow(**kwargs):
-    return rn.Flow(rn.real_nvp(2, num_couplings=4, hidden_dims=(16,), **kwargs))
-
-
-def run(flow, x, **kwargs):
-    return rn.fit(flow, x, **{"num_steps": 60, "validate_every": 20, "seed": 0, "progress": False} | kwargs)
-
-
-def weights(flow):
-    return torch.cat([p.detach().flatten() for p in flow.parameters()])
+make_flow = partial(helpers.make_flow, hidden_dims=(16,))
+run = partial(helpers.fit, num_steps=60, validate_every=20)
 
 
 @pytest.fixture
@@ -60,7 +53,7 @@ def test_is_reproducible(x):
         torch.manual_seed(1)
         flow = make_flow()
         history = run(flow, x, seed=seed)
-        return weights(flow), history.loss
+        return parameters(flow), history.loss
 
     for seed in (None, 3):
         (first, losses), (second, again) = once(seed), once(seed)
@@ -165,23 +158,6 @@ def test_augment_changes_what_is_trained_on_and_nothing_else(x):
     assert history.loss[-1] < history.loss[0] / 5
 
 
-def test_the_average_is_torchs_own():
-    """Every few steps, with the decay that belongs to so many."""
-    for time_constant, every in ((1, 1), (5, 1), (20, 5), (200, 25), (1e5, 25)):
-        average = snapshots.Average([torch.nn.Parameter(torch.zeros(2))], time_constant)
-        assert isinstance(average.model, torch.optim.swa_utils.AveragedModel)
-        assert average.every == every
-    p = torch.nn.Parameter(torch.zeros(2))
-    average = snapshots.Average([p], 20)
-    average.update()
-    with torch.no_grad():
-        p.fill_(1.0)
-    average.update()
-    with average.in_place():
-        torch.testing.assert_close(p.detach(), torch.full((2,), 5 / 20))
-    assert p.tolist() == [1.0, 1.0]
-
-
 @pytest.mark.parametrize(("num_steps", "warmup"), [(9, 0.1), (19, 0.05), (1, 0.5), (1, 0.1), (3, 0.0)])
 def test_short_warmups(x, num_steps, warmup):
     history = run(make_flow(), x, num_steps=num_steps, warmup=warmup)
@@ -228,7 +204,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(x):
         history = run(flow, x)
     assert history.skipped_steps == 3
     assert [math.isnan(loss) for loss in history.loss].count(True) == 3
-    assert weights(flow).isfinite().all()
+    assert parameters(flow).isfinite().all()
     assert history.best_loss < 2.6
 
 
@@ -242,7 +218,7 @@ def test_repeated_skips_restore_the_best_weights(x):
         history = run(flow, x, num_steps=500)
     assert history.stopped == "diverged"
     assert history.best_step == 20
-    assert weights(flow).isfinite().all()
+    assert parameters(flow).isfinite().all()
 
 
 class Interrupting(rn.Flow):
@@ -253,7 +229,7 @@ class Interrupting(rn.Flow):
         return super().forward(context)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=repr)
 def test_an_interrupt_loses_nothing(x, error):
     flow = Interrupting(rn.real_nvp(2, num_couplings=4, hidden_dims=(16,)))
     flow.stop_at, flow.error = 55, error
@@ -290,48 +266,58 @@ def test_the_bar_shows_the_losses(x, capsys):
     assert "loss=" in shown
 
 
-@pytest.mark.parametrize(
+@table(
     ("data", "kwargs", "error", "message"),
-    [
-        (torch.randn(100, 3), {}, ValueError, r"x of shape \(N, 2\); got \(100, 3\)"),
-        (torch.randn(2), {}, ValueError, r"x of shape \(N, 2\)"),
-        (torch.zeros(100, 2, dtype=torch.int64), {}, TypeError, "torch.float32; got torch.int64"),
-        (torch.randn(100, 2).half(), {}, TypeError, "torch.float32; got torch.float16"),
-        (torch.randn(100, 2).double(), {}, TypeError, "torch.float32; got torch.float64"),
-        (np.zeros((100, 2), dtype=int), {}, TypeError, "an array of int64"),
-        ([[0.0, 1.0]], {}, TypeError, "got list"),
-        (pandas.DataFrame({"a": [0.0, 1.0]}), {}, TypeError, "got DataFrame"),
-        (np.ma.masked_array(np.random.randn(100, 2)), {}, TypeError, "got MaskedArray"),
-        (torch.randn(100, 2, device="meta"), {}, ValueError, "x on meta"),
-        (torch.full((100, 2), torch.nan), {}, ValueError, "nan or inf in 100 of 100 rows of x"),
-        (torch.tensor([[0.0, torch.inf]] + 99 * [[0.0, 1.0]]), {}, ValueError, "in 1 of 100 rows"),
-        (torch.tensor([[1.0, 2.0], [1.0, 3.0]] * 20), {}, ValueError, r"columns \[0\] of x are constant"),
-        (torch.randn(0, 2), {}, ValueError, "at least two rows of x; got 0"),
-        (torch.randn(1, 2), {}, ValueError, "at least two rows of x; got 1"),
-        (torch.randn(100, 2), {"batch_size": 200}, ValueError, "batch_size from 1 to 90"),
-        (torch.randn(100, 2), {"batch_size": 0}, ValueError, "batch_size from 1"),
-        (torch.randn(5, 2), {}, ValueError, "holds out 0"),
-        (torch.randn(100, 2), {"validation": 0.99}, ValueError, "trains on 1"),
-        (torch.randn(100, 2), {"validation": torch.randn(10, 3)}, ValueError, r"x of shape \(N, 2\); got \(10, 3\)"),
-        (torch.randn(100, 2), {"context": torch.randn(100, 3)}, ValueError, "takes no context"),
-        (torch.randn(100, 2), {"context": torch.randn(50, 3)}, ValueError, "for each of the 100 rows"),
-        (
+    {
+        "three columns": (torch.randn(100, 3), {}, ValueError, r"x of shape \(N, 2\); got \(100, 3\)"),
+        "one axis": (torch.randn(2), {}, ValueError, r"x of shape \(N, 2\)"),
+        "integers": (torch.zeros(100, 2, dtype=torch.int64), {}, TypeError, "torch.float32; got torch.int64"),
+        "half precision": (torch.randn(100, 2).half(), {}, TypeError, "torch.float32; got torch.float16"),
+        "double precision": (torch.randn(100, 2).double(), {}, TypeError, "torch.float32; got torch.float64"),
+        "integer array": (np.zeros((100, 2), dtype=int), {}, TypeError, "an array of int64"),
+        "list": ([[0.0, 1.0]], {}, TypeError, "got list"),
+        "data frame": (pandas.DataFrame({"a": [0.0, 1.0]}), {}, TypeError, "got DataFrame"),
+        "masked array": (np.ma.masked_array(np.random.randn(100, 2)), {}, TypeError, "got MaskedArray"),
+        "other device": (torch.randn(100, 2, device="meta"), {}, ValueError, "x on meta"),
+        "nan": (torch.full((100, 2), torch.nan), {}, ValueError, "nan or inf in 100 of 100 rows of x"),
+        "inf in one row": (torch.tensor([[0.0, torch.inf]] + 99 * [[0.0, 1.0]]), {}, ValueError, "in 1 of 100 rows"),
+        "constant column": (
+            torch.tensor([[1.0, 2.0], [1.0, 3.0]] * 20),
+            {},
+            ValueError,
+            r"columns \[0\] of x are constant",
+        ),
+        "no rows": (torch.randn(0, 2), {}, ValueError, "at least two rows of x; got 0"),
+        "one row": (torch.randn(1, 2), {}, ValueError, "at least two rows of x; got 1"),
+        "batch above the rows": (torch.randn(100, 2), {"batch_size": 200}, ValueError, "batch_size from 1 to 90"),
+        "batch of none": (torch.randn(100, 2), {"batch_size": 0}, ValueError, "batch_size from 1"),
+        "nothing held out": (torch.randn(5, 2), {}, ValueError, "holds out 0"),
+        "one row left": (torch.randn(100, 2), {"validation": 0.99}, ValueError, "trains on 1"),
+        "validation columns": (
+            torch.randn(100, 2),
+            {"validation": torch.randn(10, 3)},
+            ValueError,
+            r"x of shape \(N, 2\); got \(10, 3\)",
+        ),
+        "unwanted context": (torch.randn(100, 2), {"context": torch.randn(100, 3)}, ValueError, "takes no context"),
+        "context rows": (torch.randn(100, 2), {"context": torch.randn(50, 3)}, ValueError, "for each of the 100 rows"),
+        "dataset below a batch": (
             DataLoader(torch.randn(3, 2), batch_size=8, drop_last=True),
             {},
             ValueError,
             "got none: is its dataset smaller",
         ),
-        (DataLoader(TensorDataset(*3 * [torch.randn(9, 2)])), {}, ValueError, "batches of 3 tensors"),
-        (torch.randn(100, 2), {"num_steps": 0}, ValueError, "num_steps >= 1"),
-        (torch.randn(100, 2), {"validate_every": 0}, ValueError, "validate_every >= 1"),
-    ],
+        "three tensors": (DataLoader(TensorDataset(*3 * [torch.randn(9, 2)])), {}, ValueError, "batches of 3 tensors"),
+        "no steps": (torch.randn(100, 2), {"num_steps": 0}, ValueError, "num_steps >= 1"),
+        "validation every zero": (torch.randn(100, 2), {"validate_every": 0}, ValueError, "validate_every >= 1"),
+    },
 )
 def test_bad_input(data, kwargs, error, message):
     flow = make_flow()
-    before = weights(flow)
+    before = parameters(flow)
     with pytest.raises(error, match=message):
         run(flow, data, **kwargs)
-    assert torch.equal(weights(flow), before)
+    assert torch.equal(parameters(flow), before)
 
 
 def test_a_conditional_flow_needs_its_context(x):

@@ -11,7 +11,8 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import NETWORKS, count_evaluations, few
+from hypothesis import given
 from hypothesis import strategies as st
 from registry import CASES, bijections, bounds_of, event_of, outputs, values
 from torch.func import functional_call, jacrev, vmap
@@ -40,21 +41,6 @@ def flow_of(f):
 
 def batch_of(x, event_dim):
     return x.shape[: x.dim() - event_dim]
-
-
-NETWORKS = rn.MLP, rn.ConvResNet
-
-
-def count_evaluations(f, call):
-    """How often `call` evaluates each conditioner of f: the set of the counts."""
-    counts = {m: 0 for m in f.modules() if isinstance(m, NETWORKS)}
-    handles = [m.register_forward_hook(lambda m, *_: counts.__setitem__(m, counts[m] + 1)) for m in counts]
-    try:
-        call()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return set(counts.values())
 
 
 def autograd_ladj(f, x):
@@ -189,7 +175,7 @@ def edit_buffers(f):
 
 @over_registry
 @pytest.mark.parametrize("edit", [fused_adam_step, add_in_place, assign_data, load_other_state, edit_buffers])
-@settings(max_examples=10)
+@few(10)
 @given(data=st.data())
 def test_never_stale(case, edit, data):
     f = data.draw(bijections(case))
@@ -259,7 +245,7 @@ def test_two_draws_scored_out_of_order(case, data):
 
 
 @over_registry
-@settings(max_examples=3)
+@few(3)
 @given(data=st.data())
 def test_memory_dies_with_the_output(case, data):
     f = data.draw(bijections(case))
@@ -352,7 +338,7 @@ def test_density_in_pyro(case, data):
 
 
 @over_plain
-@settings(max_examples=5)
+@few(5)
 @given(data=st.data())
 def test_torch_func(case, data):
     f = data.draw(bijections(case))
@@ -374,8 +360,9 @@ def test_torch_func(case, data):
     torch.testing.assert_close(f(x), y, rtol=0, atol=0)  # nothing escaped
 
 
+@pytest.mark.slow
 @over_plain
-@settings(max_examples=1)
+@few(1)
 @given(data=st.data())
 def test_compiles(case, data):
     f = data.draw(bijections(case))
@@ -396,7 +383,7 @@ def test_compiles(case, data):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @over_plain
-@settings(max_examples=2)
+@few(2)
 @given(data=st.data())
 def test_traces(case, data):
     f = data.draw(bijections(case))
@@ -405,19 +392,3 @@ def test_traces(case, data):
     traced = torch.jit.trace(lambda x: f.forward_and_ladj(x), (x,), check_trace=False)
     for got, want in zip(traced(0.9 * x), f.forward_and_ladj(0.9 * x)):
         torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("num_couplings", [2, 16])
-@pytest.mark.parametrize("coupling", [rn.AffineCoupling, rn.AdditiveCoupling, rn.VolumePreservingCoupling])
-def test_identity_at_birth(num_couplings, coupling):
-    for between in (
-        None,
-        rn.InvertibleLinear,
-        lambda d: rn.ActNorm(d).inv,
-        lambda d: rn.BatchNorm(d).inv,
-        rn.Standardize,
-    ):
-        f = rn.real_nvp(5, num_couplings=num_couplings, coupling=coupling, between=between).eval()
-        x = 10 * torch.randn(100, 5)
-        y, ladj = f.forward_and_ladj(x)
-        assert torch.equal(y, x) and torch.equal(ladj, torch.zeros(100))

@@ -8,8 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import perturb, table
 from pyro.infer import SVI, Trace_ELBO
-from registry import perturb
 from torch import nn
 
 import pyro_realnvp as rn
@@ -54,12 +54,14 @@ def tiny():
     return flow, probabilities(flow, 2, beyond=True), probabilities(flow, 2, beyond=False)
 
 
+@pytest.mark.slow
 def test_the_probabilities_are_those_of_a_distribution(tiny):
     _, exact, inside = tiny
     assert exact.sum() == pytest.approx(1.0, abs=5e-3)
     assert (inside < exact).all() and inside.sum() > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variational", [False, True])
 def test_the_bound_lies_below_and_rises_to_the_enumerated_probability(tiny, variational):
     flow, exact, inside = tiny
@@ -77,6 +79,7 @@ def test_the_bound_lies_below_and_rises_to_the_enumerated_probability(tiny, vari
     assert (many < exact.log() + 0.02).all()
 
 
+@pytest.mark.slow
 def test_samples_have_the_enumerated_frequencies(tiny):
     flow, exact, _ = tiny
     samples = rn.Dequantized(flow(), levels=2).sample((20_000,))
@@ -86,6 +89,7 @@ def test_samples_have_the_enumerated_frequencies(tiny):
     torch.testing.assert_close(frequencies.double(), exact, atol=0.015, rtol=0)
 
 
+@pytest.mark.slow
 def test_variational_noise_raises_the_bound(tiny):
     flow, _, _ = tiny
     images = all_images(2)
@@ -179,43 +183,82 @@ def images_of(**options):
 X = torch.randint(16, (5, 1, 4, 4))
 
 
-@pytest.mark.parametrize(
+@table(
     ("make", "error", "message"),
-    [
-        (
+    {
+        "real values": (
             lambda: images_of()().log_prob(X.float()),
             TypeError,
             r"levels 0, ..., 15; got torch.float32: pass value.long",
         ),
-        (lambda: images_of()().log_prob(X + 1), ValueError, r"expected levels 0, ..., 15; got values from .* to 16"),
-        (lambda: images_of()().log_prob(X - 1), ValueError, "got values from -1"),
-        (lambda: images_of()().log_prob(X.movedim(1, -1)), ValueError, "movedim"),
-        (lambda: images_of()().log_prob(X[:, 0]), ValueError, "unsqueeze"),
-        (lambda: images_of()().log_prob(torch.zeros(5, 1, 8, 8).long()), ValueError, r"\(1, 4, 4\); got shape"),
-        (lambda: images_of(levels=1)(), ValueError, "levels >= 2"),
-        (lambda: images_of(num_samples=0)(), ValueError, "num_samples >= 1"),
-        (lambda: rn.DequantizedFlow(rn.glow((1, 4, 4))), TypeError, "expected a Flow"),
-        (lambda: rn.fit(images_of(), X.float()), TypeError, "integer levels; got values of torch.float32"),
-        (
+        "level too high": (
+            lambda: images_of()().log_prob(X + 1),
+            ValueError,
+            r"expected levels 0, ..., 15; got values from .* to 16",
+        ),
+        "level below zero": (lambda: images_of()().log_prob(X - 1), ValueError, "got values from -1"),
+        "channels last": (lambda: images_of()().log_prob(X.movedim(1, -1)), ValueError, "movedim"),
+        "no channel axis": (lambda: images_of()().log_prob(X[:, 0]), ValueError, "unsqueeze"),
+        "image size": (
+            lambda: images_of()().log_prob(torch.zeros(5, 1, 8, 8).long()),
+            ValueError,
+            r"\(1, 4, 4\); got shape",
+        ),
+        "one level": (lambda: images_of(levels=1)(), ValueError, "levels >= 2"),
+        "no samples": (lambda: images_of(num_samples=0)(), ValueError, "num_samples >= 1"),
+        "bijection for a flow": (lambda: rn.DequantizedFlow(rn.glow((1, 4, 4))), TypeError, "expected a Flow"),
+        "fit: real values": (
+            lambda: rn.fit(images_of(), X.float()),
+            TypeError,
+            "integer levels; got values of torch.float32",
+        ),
+        "fit: real array": (
             lambda: rn.fit(images_of(), X.numpy().astype(float)),
             TypeError,
             "integer levels; got values of float64: pass x.astype",
         ),
-        (lambda: rn.fit(images_of(), X[:, 0]), ValueError, r"shape \(N, 1, 4, 4\)"),
-        (lambda: rn.fit(images_of(), X + 99, batch_size=2, validation=0), ValueError, "expected levels"),
-        (lambda: rn.fit(images_of().flow, X), TypeError, "got torch.int64"),
-        (
+        "fit: no channel axis": (lambda: rn.fit(images_of(), X[:, 0]), ValueError, r"shape \(N, 1, 4, 4\)"),
+        "fit: levels too high": (
+            lambda: rn.fit(images_of(), X + 99, batch_size=2, validation=0),
+            ValueError,
+            "expected levels",
+        ),
+        "fit: levels for a density": (lambda: rn.fit(images_of().flow, X), TypeError, "got torch.int64"),
+        "noise outside": (
             lambda: images_of(noise=lambda c: dist.Normal(torch.zeros(5, 1, 4, 4), 9.0).to_event(3))().log_prob(X),
             ValueError,
             r"noise in \[0, 1\]; got values outside: let its flow end in Logit\(0\).inv",
         ),
-        (
+        "noise shape": (
             lambda: images_of(noise=lambda c: dist.Uniform(torch.zeros(5, 16), 1.0).to_event(1))().log_prob(X),
             ValueError,
             "noise of shape",
         ),
-    ],
+        "interpolate: one step": (
+            lambda: rn.interpolate(rn.Flow(rn.real_nvp(2)), X, X, 1),
+            ValueError,
+            "num_steps >= 2",
+        ),
+    },
 )
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_interpolation():
+    flow = rn.Flow(rn.Compose([perturb(rn.image_real_nvp((1, 8, 8), hidden_channels=4), 0.1), rn.Logit().inv]))
+    start, end = flow().sample((3,)), flow().sample((3,))
+    way = rn.interpolate(flow, start, end, 5)
+    assert way.shape == (5, 3, 1, 8, 8)
+    torch.testing.assert_close(way[0], start, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(way[-1], end, atol=1e-3, rtol=1e-3)
+    length = flow.bijection.inv(way).flatten(2).norm(dim=-1)
+    low, high = torch.minimum(length[0], length[-1]), torch.maximum(length[0], length[-1])
+    assert (length > 0.99 * low).all() and (length < 1.01 * high).all()  # never through the middle
+    same = rn.interpolate(flow, start, start, 3)
+    torch.testing.assert_close(same[1], start, atol=1e-3, rtol=1e-3)
+    images = rn.DequantizedFlow(flow, levels=16)
+    start, end = torch.randint(16, (1, 8, 8)), torch.randint(16, (1, 8, 8))
+    way = rn.interpolate(images, start, end, 4)
+    assert way.dtype == torch.int64 and torch.equal(way[0], start) and torch.equal(way[-1], end)

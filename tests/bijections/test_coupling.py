@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from registry import perturb
+from helpers import perturb, table
 from torch import nn
 
 import pyro_realnvp as rn
@@ -77,30 +77,82 @@ def test_context_changes_the_map_and_broadcasts():
     assert not torch.allclose(y[0, 0], y[0, 1])
 
 
-@pytest.mark.parametrize(
+@table(
     ("make", "error", "message"),
-    [
-        (lambda: rn.AffineCoupling(torch.tensor([True, False]), rn.MLP(1, 2)), TypeError, "expected a Mask"),
-        (lambda: rn.AffineCoupling(masks.half(2), lambda x: x), TypeError, "nn.Module"),
-        (lambda: rn.AffineCoupling(masks.half(2), rn.MLP(1, 2), max_log_scale=0.0), ValueError, "max_log_scale > 0"),
-        (
+    {
+        "tensor as mask": (
+            lambda: rn.AffineCoupling(torch.tensor([True, False]), rn.MLP(1, 2)),
+            TypeError,
+            "expected a Mask",
+        ),
+        "function as conditioner": (lambda: rn.AffineCoupling(masks.half(2), lambda x: x), TypeError, "nn.Module"),
+        "bound zero": (
+            lambda: rn.AffineCoupling(masks.half(2), rn.MLP(1, 2), max_log_scale=0.0),
+            ValueError,
+            "max_log_scale > 0",
+        ),
+        "too narrow conditioner": (
             lambda: rn.AffineCoupling(masks.half(4), rn.MLP(2, 3))(torch.zeros(4)),
             ValueError,
             r"expected a shape of \(..., 4\) from",
         ),
-        (
+        "too wide conditioner": (
             lambda: rn.AdditiveCoupling(masks.half(4), rn.MLP(2, 4))(torch.zeros(4)),
             ValueError,
             r"expected a shape of \(..., 2\) from",
         ),
-        (lambda: rn.MLP(2, 4, hidden_dims=()), ValueError, "at least one hidden width"),
-        (lambda: rn.MLP(2, 4, hidden_dims=(8, 0)), ValueError, "all positive"),
-        (lambda: rn.MLP(2, 4, hidden_dims=(8, 9), residual=True), ValueError, "equal widths"),
-        (lambda: rn.MLP(2, 4)(torch.zeros(2), torch.zeros(3)), ValueError, "expected no context"),
-        (lambda: rn.MLP(2, 4, context_dim=3)(torch.zeros(2)), ValueError, r"context of shape \(..., 3\); got none"),
-        (lambda: rn.MLP(2, 4, context_dim=3)(torch.zeros(2), torch.zeros(5, 2)), ValueError, r"shape \(5, 2\)"),
-    ],
+        "too narrow conditioner of images": (
+            lambda: rn.AffineCoupling(masks.checkerboard(1), rn.ConvResNet(2, 2))(torch.zeros(5, 1, 8, 8)),
+            ValueError,
+            r"\(..., 4, 4, 4\) from its conditioner.*got \(..., 2, 4, 4\)",
+        ),
+    },
 )
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def on_squeezed_lattice(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution of the squeezed image that is `conv` of the image itself."""
+    out, inp = conv.weight.shape[:2]
+    squeezed = nn.Conv2d(4 * inp, 4 * out, 3, padding=1, dtype=conv.weight.dtype)
+    weight = torch.zeros(out, 2, 2, inp, 2, 2, 3, 3, dtype=conv.weight.dtype)
+    for i in range(2):
+        for j in range(2):
+            for dy in range(-1, 2):
+                for dx in range(-1, 2):
+                    y, x = i + dy, j + dx  # the neighbour, counted from the square's first pixel
+                    weight[:, i, j, :, y % 2, x % 2, y // 2 + 1, x // 2 + 1] = conv.weight[:, :, dy + 1, dx + 1]
+    with torch.no_grad():
+        squeezed.weight.copy_(weight.reshape(squeezed.weight.shape))
+        squeezed.bias.copy_(conv.bias.repeat_interleave(4))
+    return squeezed
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_a_coupling_on_the_split_lattice_contains_the_papers_masked_form(parity):
+    """y = b x + (1 - b) (x exp(s(b x)) + t(b x)), convolutions of the whole image (eq. 9), is one of our couplings."""
+    channels, hidden = 2, 3
+    first = nn.Conv2d(channels, hidden, 3, padding=1, dtype=torch.float64)
+    last = nn.Conv2d(hidden, 2 * channels, 3, padding=1, dtype=torch.float64)
+    x = torch.randn(5, channels, 4, 6, dtype=torch.float64)
+    mask = masks.checkerboard(channels, parity)
+    b = mask.join(torch.ones_like(mask.split(x)[0]), torch.zeros_like(mask.split(x)[1]))
+
+    raw, t = last(torch.relu(first(b * x))).chunk(2, 1)
+    coupling = rn.AffineCoupling(mask, nn.Identity())
+    slope = torch.pi / (2 * coupling.max_log_scale)
+    s = torch.atan(raw * slope) / slope
+    expected = b * x + (1 - b) * (x * s.exp() + t)
+
+    first, last = on_squeezed_lattice(first), on_squeezed_lattice(last)
+    with torch.no_grad():  # what is read is kept, what is written is changed
+        first.weight = nn.Parameter(first.weight[:, mask.b])
+        changed = torch.cat([~mask.b, ~mask.b])
+        last.weight, last.bias = nn.Parameter(last.weight[changed]), nn.Parameter(last.bias[changed])
+    first.in_channels, last.out_channels = mask.num_kept, 2 * mask.num_changed
+    ours = rn.AffineCoupling(mask, nn.Sequential(first, nn.ReLU(), last))
+    y, ladj = ours.forward_and_ladj(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(ladj, ((1 - b) * s).sum((1, 2, 3)))

@@ -9,36 +9,20 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import YEAR, Y, count_evaluations, fitted, table, two_modes, uncentered
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 
 import pyro_realnvp as rn
 
-YEAR = torch.arange(1950.0, 2010.0)
-Y = 5.0 + 0.03 * YEAR + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(0))
 
-
-def uncentred(year, y):
-    """a and b correlate at -0.99997, and their scales are 2000 apart."""
-    a = pyro.sample("a", dist.Normal(0.0, 1000.0))
-    b = pyro.sample("b", dist.Normal(0.0, 100.0))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(a + b * year, 0.5), obs=y)
-
-
-def fitted(model, *args, num_steps=200, **options):
-    guide = rn.AutoRealNVP(model, num_couplings=4, **options)
-    rn.fit_guide(guide, *args, num_steps=num_steps, progress=False)
-    return guide
-
-
-def test_an_uncentred_regression_with_defaults():
+def test_an_uncentered_regression_with_defaults():
     design = torch.stack([torch.ones(60), YEAR], 1).double()
     precision = design.T @ design / 0.25 + torch.diag(torch.tensor([1e-6, 1e-4], dtype=torch.float64))
     mean = torch.linalg.solve(precision, design.T @ Y.double() / 0.25)
     sd = torch.linalg.inv(precision).diagonal().sqrt()
-    guide = rn.AutoRealNVP(uncentred)
+    guide = rn.AutoRealNVP(uncentered)
     rn.fit_guide(guide, YEAR, Y, num_steps=200, progress=False)
     draws = guide.sample(20_000)
     for k, name in enumerate("ab"):
@@ -46,6 +30,7 @@ def test_an_uncentred_regression_with_defaults():
         assert abs(draws[name].double().std() / sd[k] - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_trap_1_a_tight_posterior_through_two_supports():
     def model():
         pyro.sample("free", dist.Normal(torch.full((4,), 5.0), 0.1).to_event(1))
@@ -77,13 +62,7 @@ def test_the_elbo_reaches_the_known_evidence():
     assert "good" in str(report)
 
 
-def two_modes():
-    z = pyro.sample("z", dist.Normal(torch.zeros(2), 10.0).to_event(1))
-    left, right = (dist.Normal(m, 0.5).log_prob(z[..., 0]) for m in (-1.0, 1.0))
-    mixture = torch.logaddexp(math.log(0.3) + left, math.log(0.7) + right) + dist.Normal(0.0, 1.0).log_prob(z[..., 1])
-    pyro.factor("mixture", mixture - dist.Normal(0.0, 10.0).log_prob(z).sum(-1))
-
-
+@pytest.mark.slow
 def test_a_mixture():
     guide = fitted(two_modes, num_steps=600)
     report = rn.diagnose(guide)
@@ -93,6 +72,7 @@ def test_a_mixture():
     assert left == pytest.approx(exact, abs=0.06)
 
 
+@pytest.mark.slow
 def test_a_dirichlet_site_and_a_single_dimension():
     counts = torch.tensor([3.0, 2.0, 5.0])
 
@@ -124,6 +104,7 @@ def nested(x):
             pyro.sample("x", dist.Normal(row, 1.0), obs=x)
 
 
+@pytest.mark.slow
 def test_nested_plates_site_by_site():
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     design = torch.zeros(16, 16)  # precision of (mu, group, row)
@@ -149,6 +130,7 @@ def test_nested_plates_site_by_site():
     assert math.isfinite(elbo.loss(nested, guide, x))
 
 
+@pytest.mark.slow
 def test_flat_and_masked_priors():
     def model(y):
         loc = pyro.sample("loc", dist.ImproperUniform(dist.constraints.real, (), ()))
@@ -162,6 +144,7 @@ def test_flat_and_masked_priors():
     assert draws["scale"].median() == pytest.approx(y.std().item(), abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_trap_of_a_mode_loses_to_an_earlier_point():
     """The density of eight schools grows without end in the neck of its funnel."""
     y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
@@ -181,18 +164,18 @@ def test_a_trap_of_a_mode_loses_to_an_earlier_point():
 def test_starts_where_it_is_told():
     values = {"a": torch.tensor(3.0), "b": torch.tensor(-2.0)}
     guide = rn.AutoRealNVP(
-        uncentred, init_loc_fn=init_to_value(values=values), init_scale=0.01, warm_start=False
+        uncentered, init_loc_fn=init_to_value(values=values), init_scale=0.01, warm_start=False
     ).build(YEAR, Y)
     draws = guide.sample(2000)
     for name, value in values.items():
         assert draws[name].mean() == pytest.approx(value.item(), abs=0.001)
         assert draws[name].std() == pytest.approx(0.01, rel=0.1)
     for full in (False, True):
-        assert rn.AutoRealNVP(uncentred, full=full).build(YEAR, Y).sample(10)["a"].isfinite().all()
+        assert rn.AutoRealNVP(uncentered, full=full).build(YEAR, Y).sample(10)["a"].isfinite().all()
 
 
 def test_median_and_quantiles():
-    guide = fitted(uncentred, YEAR, Y, num_steps=20)
+    guide = fitted(uncentered, YEAR, Y, num_steps=20)
     median, (low, high) = guide.median(), guide.quantiles([0.05, 0.95])["a"]
     assert set(median) == {"a", "b"} and low < median["a"] < high
 
@@ -200,16 +183,16 @@ def test_median_and_quantiles():
 @pytest.mark.parametrize("make", [Trace_ELBO, JitTrace_ELBO])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_pyros_svi(make):
-    guide = rn.AutoRealNVP(uncentred, num_couplings=2)
-    svi = SVI(uncentred, guide, pyro.optim.Adam({"lr": 1e-3}), make(num_particles=2))
+    guide = rn.AutoRealNVP(uncentered, num_couplings=2)
+    svi = SVI(uncentered, guide, pyro.optim.Adam({"lr": 1e-3}), make(num_particles=2))
     losses = [svi.step(YEAR, Y) for _ in range(5)]
     assert all(map(math.isfinite, losses))
     assert guide.is_trained
 
 
 def test_a_second_guide_does_not_get_the_parameters_of_the_first():
-    first = fitted(uncentred, YEAR, Y, num_steps=20)
-    second = rn.AutoRealNVP(uncentred, num_couplings=4)
+    first = fitted(uncentered, YEAR, Y, num_steps=20)
+    second = rn.AutoRealNVP(uncentered, num_couplings=4)
     history = rn.fit_guide(second, YEAR, Y, num_steps=20, progress=False)
     assert second.is_trained and history.best_loss < math.inf
     ours, theirs = set(first.parameters()), set(second.parameters())
@@ -217,8 +200,8 @@ def test_a_second_guide_does_not_get_the_parameters_of_the_first():
 
 
 def test_states_copies_and_pickles():
-    guide = fitted(uncentred, YEAR, Y, num_steps=20)
-    fresh = rn.AutoRealNVP(uncentred, num_couplings=4)
+    guide = fitted(uncentered, YEAR, Y, num_steps=20)
+    fresh = rn.AutoRealNVP(uncentered, num_couplings=4)
     with pytest.raises(RuntimeError, match=r"call guide.build\(\*args\) first"):
         fresh.load_state_dict(guide.state_dict())
     fresh.build(YEAR, Y).load_state_dict(guide.state_dict())
@@ -231,7 +214,7 @@ def test_states_copies_and_pickles():
         torch.testing.assert_close(other.sample(5), expected, rtol=0, atol=0)
     rn.fit_guide(clone, YEAR, Y, num_steps=2, progress=False)
     rn.fit_guide(guide, YEAR, Y, num_steps=2, progress=False)  # it has kept its model
-    rn.fit_guide(pickled, YEAR, Y, model=uncentred, num_steps=2, progress=False)
+    rn.fit_guide(pickled, YEAR, Y, model=uncentered, num_steps=2, progress=False)
     with pytest.raises(RuntimeError, match="pass model="):
         rn.fit_guide(pickled, YEAR, Y, num_steps=2, progress=False)
 
@@ -246,23 +229,18 @@ def test_double_precision():
 
 
 def test_one_evaluation_for_any_number_of_particles():
-    guide = rn.AutoRealNVP(uncentred, num_couplings=4).build(YEAR, Y)
-    networks = [m for m in guide.modules() if isinstance(m, rn.MLP)]
-    counts = dict.fromkeys(networks, 0)
-    for m in networks:
-        m.register_forward_hook(lambda m, *_: counts.__setitem__(m, counts[m] + 1))
+    guide = rn.AutoRealNVP(uncentered, num_couplings=4).build(YEAR, Y)
     for num_particles in (1, 16):
         elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
-        counts.update(dict.fromkeys(networks, 0))
-        elbo.loss_and_grads(uncentred, guide, YEAR, Y)
-        assert set(counts.values()) == {1}
+        evaluations = count_evaluations(guide, lambda elbo=elbo: elbo.loss_and_grads(uncentered, guide, YEAR, Y))
+        assert evaluations == {1}
 
 
 def test_guide_lists():
-    guide = AutoGuideList(uncentred)
-    guide.append(rn.AutoRealNVP(poutine.block(uncentred, expose=["a"]), warm_start=False))
-    guide.append(AutoNormal(poutine.block(uncentred, expose=["b"])))
-    rn.fit_guide(guide, YEAR, Y, model=uncentred, num_steps=3, progress=False)
+    guide = AutoGuideList(uncentered)
+    guide.append(rn.AutoRealNVP(poutine.block(uncentered, expose=["a"]), warm_start=False))
+    guide.append(AutoNormal(poutine.block(uncentered, expose=["b"])))
+    rn.fit_guide(guide, YEAR, Y, model=uncentered, num_steps=3, progress=False)
     assert set(guide(YEAR, Y)) == {"a", "b"}
 
 
@@ -281,17 +259,21 @@ def not_finite():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(
+@table(
     ("make", "error", "message"),
-    [
-        (lambda: rn.AutoRealNVP(subsampled).build(None), ValueError, "Use AmortizedRealNVP"),
-        (lambda: rn.AutoRealNVP(discrete).build(), ValueError, "discrete sample site 'k'"),
-        (lambda: rn.AutoRealNVP(lambda: None).build(), RuntimeError, "no latent variables"),
-        (lambda: rn.AutoRealNVP(not_finite).build(), ValueError, "not finite at the sites {'f'.*init_loc_fn"),
-        (lambda: rn.AutoRealNVP(uncentred, init_scale=0.0), ValueError, "init_scale > 0"),
-        (lambda: rn.AutoRealNVP(uncentred).get_posterior(), RuntimeError, "guide.build"),
-        (lambda: rn.AutoRealNVP(uncentred).median(), RuntimeError, "guide.build"),
-    ],
+    {
+        "subsampled": (lambda: rn.AutoRealNVP(subsampled).build(None), ValueError, "Use AmortizedRealNVP"),
+        "discrete": (lambda: rn.AutoRealNVP(discrete).build(), ValueError, "discrete sample site 'k'"),
+        "no sites": (lambda: rn.AutoRealNVP(lambda: None).build(), RuntimeError, "no latent variables"),
+        "not finite": (
+            lambda: rn.AutoRealNVP(not_finite).build(),
+            ValueError,
+            "not finite at the sites {'f'.*init_loc_fn",
+        ),
+        "scale zero": (lambda: rn.AutoRealNVP(uncentered, init_scale=0.0), ValueError, "init_scale > 0"),
+        "posterior before build": (lambda: rn.AutoRealNVP(uncentered).get_posterior(), RuntimeError, "guide.build"),
+        "median before build": (lambda: rn.AutoRealNVP(uncentered).median(), RuntimeError, "guide.build"),
+    },
 )
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):

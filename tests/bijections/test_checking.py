@@ -2,7 +2,8 @@
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import few, table
+from hypothesis import given
 from hypothesis import strategies as st
 from registry import CASES, bijections, values
 
@@ -10,7 +11,7 @@ import pyro_realnvp as rn
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
-@settings(max_examples=3)
+@few(3)
 @given(data=st.data())
 def test_our_own_pass(case, data):
     f = data.draw(bijections(case))
@@ -44,17 +45,17 @@ class Wrong(rn.Bijection):
         return x, y.new_ones(y.shape[:-1]) if self.fault == "inverse ladj" else y.new_zeros(y.shape[:-1])
 
 
-@pytest.mark.parametrize(
+@table(
     ("fault", "line"),
-    [
-        ("inverse", r"FAIL  f.inv\(f\(x\)\) = x .* relative error"),
-        ("log-det", r"FAIL  log\|det J\| = autograd's"),
-        ("ladj shape", r"FAIL  shape of log\|det J\|"),
-        ("inverse ladj", r"FAIL  log\|det J\| of f.inv"),
-        ("not finite", r"FAIL  f.inv\(f\(x\)\) = x"),
-        ("gradient", "FAIL  gradients are finite"),
-        ("detached", r"FAIL  f\(x\) has a gradient"),
-    ],
+    {
+        "inverse": ("inverse", r"FAIL  f.inv\(f\(x\)\) = x .* relative error"),
+        "log-det": ("log-det", r"FAIL  log\|det J\| = autograd's"),
+        "ladj shape": ("ladj shape", r"FAIL  shape of log\|det J\|"),
+        "inverse ladj": ("inverse ladj", r"FAIL  log\|det J\| of f.inv"),
+        "not finite": ("not finite", r"FAIL  f.inv\(f\(x\)\) = x"),
+        "gradient": ("gradient", "FAIL  gradients are finite"),
+        "detached": ("detached", r"FAIL  f\(x\) has a gradient"),
+    },
 )
 def test_faults_are_found_and_named(fault, line):
     with pytest.raises(ValueError, match=line):

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract beside the laws: contexts, subclasses, values that do not fit."""
+
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import table
+
+import pyro_realnvp as rn
+
+
+def test_a_context_passes_by_what_takes_none():
+    standardize, flow, c = rn.Standardize(2), rn.real_nvp(2, context_dim=3), torch.randn(5, 3)
+    assert standardize.condition(c) is standardize
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    d = dist.ConditionalTransformedDistribution(base, [flow, standardize.inv]).condition(c)
+    assert d.batch_shape == (5,) and d.log_prob(d.sample()).shape == (5,)
+
+
+def test_a_subclass_may_declare_its_own_domain_and_take_a_context():
+    class Exp(rn.Bijection):
+        """y = exp(x c), whose codomain is declared in the class and whose context needs no decorator."""
+
+        elementwise = True
+        codomain = torch.distributions.constraints.independent(torch.distributions.constraints.positive, 1)
+
+        def forward_and_ladj(self, x, context=None):
+            y = (x * context).exp()
+            return y, (x * context + context.log()).sum(-1)
+
+        def inverse_and_ladj(self, y, context=None):
+            x = y.log() / context
+            return x, -(y.log() + context.log()).sum(-1)
+
+    f = Exp((2,), context_dim=2)
+    assert f.codomain is Exp.codomain and f.inv.domain is Exp.codomain and f.domain.event_dim == 1
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    d = dist.ConditionalTransformedDistribution(base, [f]).condition(torch.full((3, 2), 2.0))
+    expected = dist.LogNormal(torch.zeros(2), 2.0).to_event(1).expand((3,))
+    y = d.sample()
+    torch.testing.assert_close(d.log_prob(y), expected.log_prob(y))
+
+
+@pytest.mark.slow
+def test_a_layer_of_ones_own_is_initialized_by_the_first_batch():
+    class Centre(rn.Bijection):
+        """y = x - mu, where mu comes from the first batch."""
+
+        elementwise = True
+
+        def __init__(self, dim):
+            super().__init__((dim,))
+            self.register_buffer("mu", torch.full((dim,), torch.nan))
+
+        @property
+        def needs_data(self):
+            return bool(self.mu.isnan().any())
+
+        def forward_and_ladj(self, x, context=None):
+            if self.training and self.needs_data:
+                self.mu.copy_(x.detach().mean(0))
+            return x - self.mu, x.new_zeros(x.shape[:-1])
+
+        def inverse_and_ladj(self, y, context=None):
+            return y + self.mu, y.new_zeros(y.shape[:-1])
+
+    class NoBranch(Centre):
+        """Compiled steps come after the initialization, which would branch on values."""
+
+        def forward_and_ladj(self, x, context=None):
+            return (
+                super().forward_and_ladj(x, context)
+                if not torch.compiler.is_compiling()
+                else (x - self.mu, x.sum(-1) * 0)
+            )
+
+    for compiled in (False, "default"):
+        flow = rn.Flow(rn.Compose([rn.real_nvp(2, num_couplings=2, hidden_dims=(8,)), NoBranch(2).inv]))
+        history = rn.fit(flow, torch.randn(300, 2) + 50, num_steps=3, compile=compiled, progress=False)
+        (centre,) = [m for m in flow.modules() if isinstance(m, Centre)]
+        assert ((centre.mu - 50).abs() < 1).all() and history.loss[0] < 10
+
+
+@table(
+    ("make", "error", "message"),
+    {
+        "event shape": (
+            lambda: rn.real_nvp(3)(torch.zeros(5, 4)),
+            ValueError,
+            r"expected event shape \(3,\); got shape \(5, 4\)",
+        ),
+        "integers": (lambda: rn.real_nvp(3)(torch.zeros(5, 3, dtype=torch.int64)), TypeError, "floating-point"),
+        "half precision": (
+            lambda: rn.real_nvp(3)(torch.zeros(5, 3, dtype=torch.float16)),
+            TypeError,
+            "parameters of torch.float32",
+        ),
+        "other precision": (
+            lambda: rn.real_nvp(3)(torch.zeros(5, 3, dtype=torch.float64)),
+            TypeError,
+            "parameters of torch.float32",
+        ),
+        "other device": (lambda: rn.real_nvp(3)(torch.zeros(5, 3, device="meta")), ValueError, "values on meta"),
+        "list": (lambda: rn.real_nvp(3)([0.0, 0.0, 0.0]), TypeError, "expected a tensor"),
+        "no context": (
+            lambda: rn.real_nvp(3, context_dim=2)(torch.zeros(3)),
+            ValueError,
+            "context of width 2; got none",
+        ),
+        "context shape": (
+            lambda: rn.real_nvp(3, context_dim=2).condition(torch.zeros(3)),
+            ValueError,
+            r"\(..., 2\); got shape \(3,\)",
+        ),
+        "context precision": (
+            lambda: rn.real_nvp(3, context_dim=2).condition(torch.zeros(2).double()),
+            TypeError,
+            "context of torch.float64",
+        ),
+        "context does not broadcast": (
+            lambda: rn.real_nvp(3, context_dim=2).condition(torch.zeros(4, 2))(torch.zeros(5, 3)),
+            ValueError,
+            "broadcasts",
+        ),
+    },
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import table
+
+import pyro_realnvp as rn
+
+
+def test_standardize():
+    x = torch.randn(500, 3, dtype=torch.float64) * 4 + 2
+    f = rn.Standardize(3).double().fit(x)
+    torch.testing.assert_close(f(x), (x - x.mean(0)) / x.std(0))
+    fresh = rn.Standardize(3).double()
+    fresh.load_state_dict(f.state_dict())
+    torch.testing.assert_close(fresh(x), f(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 1e-6, 0.0])
+def test_logit_is_the_closed_form(alpha):
+    f = rn.Logit(alpha)
+    x = torch.tensor([0.0, 1e-7, 1e-3, 0.3, 0.5, 0.9, 1 - 1e-3, 1 - 2**-24, 1.0], dtype=torch.float64)
+    u = alpha + (1 - 2 * alpha) * x
+    y, ladj = f.forward_and_ladj(x)
+    expected = torch.log(u) - torch.log(alpha + (1 - 2 * alpha) * (1 - x))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(y, -f(1 - x), rtol=1e-6, atol=1e-9)  # symmetric
+    inner = slice(1, -1)
+    exact = torch.log((1 - 2 * alpha) / (u * (1 - u)))
+    torch.testing.assert_close(ladj[inner], exact[inner], rtol=1e-6, atol=1e-9)
+    in_float32 = f(x.float())
+    torch.testing.assert_close(in_float32[inner].double(), f(x.float().double())[inner], rtol=1e-5, atol=1e-6)
+    if alpha:
+        assert y.isfinite().all() and f.inv.domain.check(y).all()
+    else:
+        assert y[0] == -torch.inf and y[-1] == torch.inf
+
+
+def test_logit_reaches_a_little_beyond_and_says_so():
+    f = rn.Logit(0.05)
+    far = torch.tensor([-1e3, -20.0, 20.0, 1e3])
+    x = f.inv(far)
+    assert f.domain.check(x).all() and f.domain.check(torch.tensor([0.0, 1.0])).all()
+    torch.testing.assert_close(x[[0, -1]], torch.tensor([-0.05 / 0.9, 0.95 / 0.9]))
+    assert x[0] == x.new_tensor(f.domain.lower_bound) and x[-1] == x.new_tensor(f.domain.upper_bound)
+    assert f.log_abs_det_jacobian(x, far).isfinite().all()  # the pair is remembered
+    assert not f.domain.check(torch.tensor(1.06)) and f(torch.tensor(1.06)).isnan()  # not clamped
+    d = dist.TransformedDistribution(dist.Normal(0.0, 1.0), [f.inv])
+    assert d.support.check(torch.tensor(1.05)) and not d.support.check(torch.tensor(1.06))
+    grid = torch.linspace(-0.0555, 1.0555, 20001)
+    assert torch.trapezoid(d.log_prob(grid).exp(), grid) == pytest.approx(1.0, abs=1e-3)
+
+
+@table(
+    ("make", "error", "message"),
+    {
+        "constant columns": (
+            lambda: rn.Standardize(2).fit(torch.ones(5, 2)),
+            ValueError,
+            r"columns \[0, 1\] are constant",
+        ),
+        "one row": (lambda: rn.Standardize(2).fit(torch.ones(1, 2)), ValueError, "at least two rows"),
+        "other columns": (lambda: rn.Standardize(2).fit(torch.ones(5, 3)), ValueError, "of 2 columns"),
+        "nan": (
+            lambda: rn.Standardize(2).fit(torch.tensor([[1.0, torch.nan], [0, 0]])),
+            ValueError,
+            "nan or inf in 1 of 2",
+        ),
+        "alpha one half": (lambda: rn.Logit(0.5), ValueError, "alpha < 1/2"),
+    },
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files need: flows, short trainings, models with known posteriors, counts of network passes."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_realnvp as rn
+from pyro_realnvp.training import checkpoint
+
+TESTS = Path(__file__).parent
+NETWORKS = rn.MLP, rn.ConvResNet
+
+
+def table(names, rows):
+    """`pytest.mark.parametrize` with the rows' keys as ids."""
+    return pytest.mark.parametrize(names, list(rows.values()), ids=list(rows))
+
+
+def few(of_twenty):
+    """For expensive laws: so many examples where cheap ones get 20, and in each profile as large a part."""
+    return hypothesis.settings(max_examples=max(1, hypothesis.settings.default.max_examples * of_twenty // 20))
+
+
+def run_python(*command, **options):
+    """What another Python did, one that finds the tests' own modules and this package, and that must not fail."""
+    path = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, **{"capture_output": True, "text": True, "env": env} | options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# -- flows -----------------------------------------------------------------------------------------------------------
+
+
+def perturb(f, scale=0.2):
+    """Moves every parameter away from birth, where all flows are the identity."""
+    with torch.no_grad():
+        for p in f.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return f
+
+
+def make_flow(dim=2, *, seed=None, actnorm=False, num_couplings=4, hidden_dims=(8,), **options):
+    """A small flow as it is at birth; with a seed, always the same one."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    if actnorm:
+        options["between"] = lambda dim: rn.ActNorm(dim).inv
+    return rn.Flow(rn.real_nvp(dim, num_couplings=num_couplings, hidden_dims=hidden_dims, **options))
+
+
+def small(dim, **options):
+    """The bijection of `make_flow`."""
+    return make_flow(dim, **options).bijection
+
+
+def parameters(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def assert_same_state(module, other):
+    """Bit for bit."""
+    state, others_state = module.state_dict(), other.state_dict()
+    assert state.keys() == others_state.keys()
+    assert all(torch.equal(state[name], others_state[name]) for name in state)
+
+
+def count_evaluations(f, call):
+    """How often `call` evaluates each conditioner of f: the set of the counts."""
+    counts = {m: 0 for m in f.modules() if isinstance(m, NETWORKS)}
+    handles = [m.register_forward_hook(lambda m, *_: counts.__setitem__(m, counts[m] + 1)) for m in counts]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return set(counts.values())
+
+
+# -- trainings -------------------------------------------------------------------------------------------------------
+
+
+def points(number=400):
+    """Always the same rows, of two columns with other scales."""
+    return torch.randn(number, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3.0]) + 1
+
+
+def fit(flow, data, **options):
+    """A short silent training that is always the same."""
+    return rn.fit(flow, data, **{"num_steps": 40, "validate_every": 10, "seed": 0, "progress": False} | options)
+
+
+def train(path=None, data=None, flow=None, stop_at=None, **options):
+    """The flow, the history and the random state after a training; nothing where it is stopped after so many steps."""
+    flow = make_flow(seed=1, actnorm=True) if flow is None else flow
+
+    def stop(history):
+        if len(history.loss) == stop_at:
+            raise MemoryError
+
+    options = {"num_steps": 60, "seed": None, "callbacks": [stop]} | options
+    if path is not None:
+        options |= {"checkpoint": path, "checkpoint_every": 7}
+    try:
+        history = fit(flow, points() if data is None else data, **options)
+    except MemoryError:
+        return None
+    return flow, history, checkpoint.random_state()
+
+
+# -- guides ----------------------------------------------------------------------------------------------------------
+
+YEAR = torch.arange(1950.0, 2010.0)
+Y = 5.0 + 0.03 * YEAR + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(0))
+
+
+def uncentered(year, y):
+    """a and b correlate at -0.99997, and their scales are 2000 apart."""
+    a = pyro.sample("a", dist.Normal(0.0, 1000.0))
+    b = pyro.sample("b", dist.Normal(0.0, 100.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(a + b * year, 0.5), obs=y)
+
+
+def two_modes():
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    left, right = (dist.Normal(m, 0.5).log_prob(z[..., 0]) for m in (-1.0, 1.0))
+    mixture = torch.logaddexp(math.log(0.3) + left, math.log(0.7) + right) + dist.Normal(0.0, 1.0).log_prob(z[..., 1])
+    pyro.factor("mixture", mixture - dist.Normal(0.0, 10.0).log_prob(z).sum(-1))
+
+
+def fitted(model, *args, num_steps=200, **options):
+    guide = rn.AutoRealNVP(model, num_couplings=4, **options)
+    rn.fit_guide(guide, *args, num_steps=num_steps, progress=False)
+    return guide

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import table
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+import pyro_realnvp as rn
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 8))
+
+    def forward(self, x, size=None):
+        return self.net(pyro.subsample(x, event_dim=1))
+
+
+def rows(x, size=None):
+    with pyro.plate("rows", len(x), subsample_size=size):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.1))
+        batch = pyro.subsample(x, event_dim=1)
+        pyro.sample("x", dist.Normal(z, 0.5 * scale[..., None]).to_event(1), obs=batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [None, 50])
+def test_an_amortised_guide(size):
+    x = 1.2 * torch.randn(400, 2)
+    guide = rn.AmortizedRealNVP(rows, Encoder(), context_dim=8)
+    rn.fit_guide(guide, x, size=size, num_steps=400, num_particles=4, validation_particles=32, progress=False)
+    if size is None:  # rows that it has never seen
+        new = torch.tensor([[2.0, -1.0], [0.0, 0.5], [1.0, 1.0]])
+        draws = torch.stack([guide(new)["z"] for _ in range(2000)]).detach()
+        assert (draws.mean(0) - 0.8 * new).abs().max() < 0.15
+        assert (draws.std(0) - 0.45).abs().max() < 0.08
+        assert guide(x)["scale"].shape == (400,)
+    else:
+        assert guide(x, size=size)["z"].shape == (50, 2)
+        svi = SVI(rows, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+        assert math.isfinite(svi.step(x, size=size))
+
+
+def test_an_amortised_guide_of_a_single_dimension():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(300)
+    guide = rn.AmortizedRealNVP(
+        lambda x: model(x), nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 4)), context_dim=4
+    )
+    rn.fit_guide(guide, x, model=model, num_steps=300, progress=False)
+    with poutine.trace() as trace:
+        guide(torch.tensor([2.0] * 5000))
+    draws = trace.trace.nodes["z"]["value"].detach()
+    assert draws.mean() == pytest.approx(1.0, abs=0.15) and draws.std() == pytest.approx(0.5**0.5, abs=0.1)
+
+
+def test_neural_posterior_estimation():
+    theta = torch.randn(3000, 2)
+    x = theta + 0.5 * torch.randn(3000, 2)
+    posterior = rn.Flow(rn.real_nvp(2, num_couplings=4, context_dim=2))
+    rn.fit(posterior, theta, context=x, num_steps=400, progress=False, seed=0)
+    draws = posterior(torch.tensor([1.0, -1.0])).sample((4000,))
+    torch.testing.assert_close(draws.mean(0), torch.tensor([0.8, -0.8]), atol=0.1, rtol=0)
+    torch.testing.assert_close(draws.std(0), torch.full((2,), 0.2**0.5), atol=0.07, rtol=0)
+
+
+def global_and_local(x):
+    pyro.sample("g", dist.Normal(0.0, 1.0))
+    rows(x)
+
+
+@table(
+    ("make", "error", "message"),
+    {
+        "global and local sites": (
+            lambda: rn.AmortizedRealNVP(global_and_local, Encoder(), context_dim=8).build(torch.ones(3, 2)),
+            ValueError,
+            "under the same plates.*AutoGuideList",
+        ),
+        "encoder too wide": (
+            lambda: rn.AmortizedRealNVP(rows, nn.Linear(2, 8), context_dim=7)(torch.ones(3, 2)),
+            ValueError,
+            r"contexts of shape \(3, 7\).*got \(3, 8\)",
+        ),
+        "no sites": (
+            lambda: rn.AmortizedRealNVP(lambda: None, Encoder(), context_dim=8).build(),
+            ValueError,
+            "no latent sites",
+        ),
+    },
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

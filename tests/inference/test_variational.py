@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fit_guide, diagnose, neutra, amortised guides and flow priors."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import fitted, table, two_modes
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+
+import pyro_realnvp as rn
+
+# -- warm start --------------------------------------------------------------------------------------------------------
+
+
+# -- fit_guide ---------------------------------------------------------------------------------------------------------
+
+
+def test_fit_guide_takes_pyros_guides_and_learns_the_model():
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    x = 3 * torch.randn(200)
+    guide = AutoNormal(model)
+    history = rn.fit_guide(guide, x, num_steps=300, lr=0.05, progress=False)
+    assert pyro.param("scale").item() == pytest.approx(3.0, rel=0.15)
+    assert history.validation_steps[0] == 0 and history.best_loss < history.validation_loss[0]
+
+
+def test_a_model_that_cannot_be_vectorised():
+    def model():
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(torch.ones(3, 2) @ beta, 1.0).to_event(1), obs=torch.ones(3))
+
+    guide = rn.AutoRealNVP(model, num_couplings=2)
+    with pytest.warns(RuntimeWarning, match="cannot be vectorised over particles.*x.sum"):
+        rn.fit_guide(guide, num_steps=3, num_particles=2, validation_particles=4, progress=False)
+    with pytest.warns(RuntimeWarning, match="vectorised"):
+        report = rn.diagnose(guide, num_samples=100)
+    precision = torch.eye(2) + 3 * torch.ones(2, 2)
+    exact = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 2 * torch.ones(3, 3)).log_prob(torch.ones(3))
+    assert report.log_evidence == pytest.approx(exact.item(), abs=0.01) and precision.det() > 0
+
+
+def test_steps_that_are_not_finite_are_skipped_and_reported():
+    calls = []
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        calls.append(z)
+        pyro.factor("f", torch.zeros_like(z) if len(calls) % 3 else -torch.inf * torch.ones_like(z))
+
+    guide = rn.AutoRealNVP(model, warm_start=False)
+    with pytest.warns(RuntimeWarning, match="were skipped.*lower lr"):
+        history = rn.fit_guide(guide, num_steps=12, validation_particles=0, num_particles=1, progress=False)
+    assert 0 < history.skipped_steps < 12
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+def test_the_path_derivative_has_no_noise_where_the_guide_is_exact():
+    def model():
+        pyro.sample("z", dist.Normal(torch.tensor([1.0, -2.0]), 0.5).to_event(1))
+
+    norms = {}
+    for path_derivative in (True, False):
+        guide = rn.AutoRealNVP(model, num_couplings=2).build()
+        start = {name: p.clone() for name, p in guide.named_parameters()}
+        rn.fit_guide(
+            guide, num_steps=20, path_derivative=path_derivative, validation_particles=0, averaging=0.0, progress=False
+        )
+        moved = [(p - start[name]).square().sum() for name, p in guide.named_parameters()]
+        norms[path_derivative] = sum(moved).sqrt().item()
+    assert norms[True] < 0.1 * norms[False]
+
+
+# -- diagnose ----------------------------------------------------------------------------------------------------------
+
+
+# -- neutra ------------------------------------------------------------------------------------------------------------
+
+
+# -- amortised guides --------------------------------------------------------------------------------------------------
+
+
+# -- flow priors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [AutoNormal, AutoDiagonalNormal, rn.AutoRealNVP])
+def test_a_flow_as_a_prior_under_svi(make):
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=4))
+    x = torch.randn(100, 2) * 0.3 + torch.tensor([2.0, -1.0])
+
+    def model(x):
+        pyro.module("flow", flow)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", flow())
+            pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
+
+    options = {"warm_start": False, "num_couplings": 2} if make is rn.AutoRealNVP else {}
+    guide = make(model, **options)
+    rn.fit_guide(
+        guide, x, num_steps=300, lr=0.02, num_particles=2, validation_particles=8, max_grad_norm=1e3, progress=False
+    )
+    assert (flow().sample((2000,)).mean(0) - torch.tensor([2.0, -1.0])).abs().max() < 0.35
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_flow_as_a_prior_under_nuts():
+    flow = rn.Flow(rn.Compose([rn.real_nvp(2, num_couplings=2), dist.transforms.ExpTransform()])).requires_grad_(False)
+
+    def model():
+        with pyro.plate("rows", 2):
+            z = pyro.sample("z", flow())
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(2, 2))
+
+    mcmc = MCMC(NUTS(model), num_samples=20, warmup_steps=20, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.get_samples()["z"].shape == (20, 2, 2) and (mcmc.get_samples()["z"] > 0).all()
+
+
+def other_site():
+    pyro.sample("other", dist.Normal(0.0, 1.0))
+
+
+def two_sites():
+    pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    other_site()
+
+
+def vanishing():
+    vanishing.calls += 1
+    pyro.sample("z" if vanishing.calls < 6 else "other", dist.Normal(torch.zeros(()), 1.0))
+
+
+vanishing.calls = 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@table(
+    ("make", "error", "message"),
+    {
+        "no model": (lambda: rn.fit_guide(lambda: None), ValueError, "pass model="),
+        "site without guide": (
+            lambda: rn.fit_guide(fitted(two_modes, num_steps=1), model=two_sites),
+            ValueError,
+            r"the latent sites \['other'\]",
+        ),
+        "site without model": (
+            lambda: rn.fit_guide(fitted(two_sites, num_steps=1), model=other_site),
+            ValueError,
+            r"which the model does not have",
+        ),
+        "sites change": (
+            lambda: rn.fit_guide(rn.AutoRealNVP(vanishing, warm_start=False), num_steps=20, progress=False),
+            ValueError,
+            r"\['other'\] are new, \['z'\] are gone",
+        ),
+        "no steps": (lambda: rn.fit_guide(rn.AutoRealNVP(two_modes), num_steps=0), ValueError, "num_steps >= 1"),
+        "no parameters": (lambda: rn.fit_guide(lambda: two_modes(), model=two_modes), ValueError, "nothing to fit"),
+    },
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

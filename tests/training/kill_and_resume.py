@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kills a training 20 times with SIGKILL at random moments, resumes it each time, and compares it with one in peace.
+
+It prints how often it killed, at how many different steps, and whether the results are the same.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import helpers
+import torch
+import torch._dynamo  # which the first optimizer imports
+
+from pyro_realnvp import saving
+
+path = sys.argv[1]
+
+
+def train():
+    history = helpers.train(path, num_steps=2000, validate_every=100)[1]
+    return history.loss, history.best_loss
+
+
+def wait_for_some_checkpoints():
+    seen, number, deadline = set(), random.randint(1, 8), time.monotonic() + 20
+    while len(seen) < number and time.monotonic() < deadline:
+        seen.add(os.stat(path).st_mtime_ns if os.path.exists(path) else 0)
+        time.sleep(0.001)
+    time.sleep(random.uniform(0.0, 0.02))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    steps, kills = set(), 0
+    while kills < 20:  # each child is a new process, with the imports of this one
+        child = os.fork()
+        if not child:
+            train()
+            os._exit(0)
+        wait_for_some_checkpoints()
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+        found = saving.read(path, "the state of a training") if os.path.exists(path) else None
+        steps.add(len(found["parts"]["training"]["history"]["loss"]) if found else 0)
+    resumed = train()
+    os.remove(path)
+    print(kills, len(steps), resumed == train())

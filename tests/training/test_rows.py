@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+from helpers import fit, make_flow, points, table
+
+from pyro_realnvp.training.rows import Batch, Rows
+
+X = points()
+
+
+def run(data, flow=None, **options):
+    flow = make_flow(seed=1) if flow is None else flow
+    return flow, fit(flow, data, **options)
+
+
+def test_weights_are_repetitions():
+    """A full batch, so that nothing else differs."""
+    counts = torch.arange(400) % 3
+    options = {"validation": 0, "num_steps": 20}
+    flow, history = run(X.double(), make_flow(seed=1).double(), weights=counts, batch_size=400, **options)
+    repeated = X.double().repeat_interleave(counts, 0)
+    again, others_history = run(repeated, make_flow(seed=1).double(), batch_size=len(repeated), **options)
+    assert history.loss == pytest.approx(others_history.loss)
+    for p, q in zip(flow.parameters(), again.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_the_scale_of_weights_does_not_matter_and_arrays_serve():
+    weights = torch.rand(400)
+    first, second = run(X, weights=weights)[1], run(X, weights=100 * weights.numpy())[1]
+    assert first.loss == pytest.approx(second.loss)
+    assert first.validation_loss == pytest.approx(second.validation_loss)
+    assert run(X, weights=torch.full((400,), 7.0))[1].loss == pytest.approx(run(X)[1].loss)
+
+
+@table(
+    ("weights", "message"),
+    {
+        "too few": (torch.ones(10), r"a weight for each of the 400 rows of x; got shape \(10,\)"),
+        "matrix": (torch.ones(400, 1), r"got shape \(400, 1\)"),
+        "negative": (-torch.ones(400), "finite weights >= 0"),
+        "all zero": (torch.zeros(400), "some are positive"),
+        "nan": (torch.full((400,), torch.nan), "finite weights"),
+        "none held out": ((torch.arange(400) == 0).float(), "without weight"),
+    },
+)
+def test_bad_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        run(X, weights=weights)
+
+
+def test_marks_of_many_rows_stay_inside():
+    rows = Rows(make_flow(seed=1), X)
+    rows.columns = Batch(torch.zeros(1, 2).expand(2**24 + 4, 2))
+    assert isinstance(rows.mark(), int)
