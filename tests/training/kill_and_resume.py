@@ -16,15 +16,12 @@ import torch._dynamo  # which the first optimizer imports
 
 from pyro_realnvp import saving
 
-path = sys.argv[1]
-
-
-def train():
+def train(path):
     history = helpers.train(path, num_steps=2000, validate_every=100)[1]
     return history.loss, history.best_loss
 
 
-def wait_for_some_checkpoints():
+def wait_for_some_checkpoints(path):
     seen, number, deadline = set(), random.randint(1, 8), time.monotonic() + 20
     while len(seen) < number and time.monotonic() < deadline:
         seen.add(os.stat(path).st_mtime_ns if os.path.exists(path) else 0)
@@ -33,18 +30,19 @@ def wait_for_some_checkpoints():
 
 
 if __name__ == "__main__":
+    path = sys.argv[1]
     torch.set_num_threads(1)
     steps, kills = set(), 0
     while kills < 20:  # each child is a new process, with the imports of this one
         child = os.fork()
         if not child:
-            train()
+            train(path)
             os._exit(0)
-        wait_for_some_checkpoints()
+        wait_for_some_checkpoints(path)
         os.kill(child, signal.SIGKILL)
         kills += os.waitpid(child, 0)[1] == signal.SIGKILL
         found = saving.read(path, "the state of a training") if os.path.exists(path) else None
         steps.add(len(found["parts"]["training"]["history"]["loss"]) if found else 0)
-    resumed = train()
+    resumed = train(path)
     os.remove(path)
-    print(kills, len(steps), resumed == train())
+    print(kills, len(steps), resumed == train(path))
