@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.utils import check_array, check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
 from .bijections.compose import Compose
@@ -114,7 +114,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         self.n_context_in_ = 0 if context is None else np.shape(context)[-1]
         context = self._check_context(context, X)
         if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, X, dtype=X.dtype, ensure_non_negative=True)
+            sample_weight = _check_weights(sample_weight, X)
         random = check_random_state(self.random_state)
         order = random.permutation(len(X) if sample_weight is None else np.flatnonzero(sample_weight))
         num_held_out = max(1, int(self.validation * len(order))) if self.validation else 0
@@ -239,6 +239,17 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
 
     def _is_inside(self, X: np.ndarray) -> np.ndarray:
         return ((X > self.low_) & (X < self.high_)).all(1)
+
+
+def _check_weights(sample_weight, X: np.ndarray) -> np.ndarray:
+    """A weight for each row; scikit-learn's own check is private."""
+    weights = np.full(len(X), sample_weight) if isinstance(sample_weight, numbers.Number) else sample_weight
+    weights = check_array(weights, dtype=X.dtype, ensure_2d=False, input_name="sample_weight")
+    if weights.shape != (len(X),):
+        raise ValueError(f"expected sample_weight of shape ({len(X)},); got {weights.shape}")
+    if (weights < 0).any() or not (weights > 0).any():
+        raise ValueError("expected sample weights >= 0, at least one of them non-zero; got negative ones, or all zero")
+    return weights
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 
 import copy
 import math
+import sys
+import threading
 from functools import partial
 
 import pyro
@@ -281,3 +283,33 @@ def test_parameters_that_were_only_lent_are_not_remembered():
         y = flow(x)
         flow.parts[0].max_log_scale = 3.0
         torch.testing.assert_close(flow.inv(y), flow.inv(y.clone()), rtol=0, atol=0)
+
+
+def test_threads_share_a_flow():
+    """The memory of an evaluation must not mix what several threads evaluate at once."""
+    flow = perturb(rn.Flow(small(2, hidden_dims=(16,)))).eval()
+    answers, errors = [], []
+
+    def serve():
+        try:
+            for _ in range(60):
+                with torch.no_grad():
+                    x = flow().sample((20,))
+                    answers.append(torch.allclose(flow().log_prob(x), flow().log_prob(x.clone()), atol=1e-3))
+                    z = flow.bijection.inv(x)
+                    ladj = flow.bijection.log_abs_det_jacobian(z, x)
+                    answers.append(torch.allclose(ladj, flow.bijection.forward_and_ladj(z)[1], atol=1e-3))
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=serve) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors and len(answers) == 720 and all(answers)

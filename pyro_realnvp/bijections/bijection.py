@@ -119,7 +119,7 @@ class Bijection(TransformModule):
             return remembered
         output, ladj = self.forward_and_ladj(value) if forward else self.inverse_and_ladj(value)
         if remember:
-            self._memo.store(self, value, output, ladj, forward=forward)
+            output = self._memo.store(self, value, output, ladj, forward=forward)
         return output, ladj
 
     def _check(self, value: Tensor, *, forward: bool) -> None:

@@ -7,7 +7,7 @@ import pyro.distributions.transforms as T
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
-from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
+from torch.distributions.transforms import ComposeTransform, Transform
 from torch.utils.checkpoint import checkpoint
 
 from .bijection import Bijection
@@ -125,12 +125,12 @@ def _adopt(part: Transform) -> Bijection:
         raise TypeError(f"expected transforms; got {type(part).__name__}{remedy}")
     if not part.bijective:
         raise ValueError(f"expected bijective transforms; got {type(part).__name__}, which has no inverse")
-    if isinstance(part, _InverseTransform):
-        return _adopt(part.inv).inv
     if isinstance(part, ComposeTransform):
         return Compose(part.parts)
     if isinstance(part, T.Permute) and part.dim == -1:
         return Permute(part.permutation)
+    if not isinstance(part, nn.Module) and isinstance(part.inv, (nn.Module, ComposeTransform, T.Permute)):
+        return _adopt(part.inv).inv  # torch's view of an inverse, which is no module itself
     return Foreign(part)
 
 

@@ -93,7 +93,7 @@ class WeightNormConv(nn.Conv2d):
         return torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_eager():  # the kernel behind torch.nn.utils.parametrizations.weight_norm
+        if is_eager(self.weight, self.gain):  # the kernel behind torch.nn.utils.parametrizations.weight_norm
             weight = torch._weight_norm(self.weight, self.gain, 0)
         else:
             weight = self.weight * (self.gain / self._norm())
@@ -206,7 +206,7 @@ class ConvResNet(nn.Module):
 def _channels_last(x: Tensor) -> Tensor:
     """A batch of images in the order that convolutions are fastest with."""
     x = x.reshape(-1, *x.shape[-3:])
-    return x.to(memory_format=torch.channels_last) if is_eager() else x
+    return x.to(memory_format=torch.channels_last) if is_eager(x) else x
 
 
 def _check_context(context: Tensor | None, context_dim: int) -> None:

@@ -51,6 +51,7 @@ class Mask(nn.Module):
         self.register_buffer("b", b.clone())
         self.register_buffer("order", None, persistent=False)
         self.register_buffer("inverse_order", None, persistent=False)
+        self.register_load_state_dict_post_hook(_plan_again)
         self._plan()
 
     def _plan(self) -> None:
@@ -109,10 +110,6 @@ class Mask(nn.Module):
         """The mask that keeps what this one changes."""
         return Mask(~self.b, event_dim=self.event_dim, squeeze=self.squeeze)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._plan()
-
     def extra_repr(self) -> str:
         bits = "".join("1" if bit else "0" for bit in self.b)
         return ", ".join(filter(None, [bits, self.architecture_repr()]))
@@ -121,6 +118,10 @@ class Mask(nn.Module):
         """What a file says of the mask beside its state, which holds b."""
         image_options = [f"event_dim={self.event_dim}"] * (self.event_dim > 1) + ["squeeze"] * self.squeeze
         return ", ".join(image_options)
+
+
+def _plan_again(mask: Mask, incompatible_keys: object) -> None:
+    mask._plan()
 
 
 def half(input_dim: int, parity: int = 0) -> Mask:

@@ -4,6 +4,7 @@
 import operator
 import weakref
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,25 @@ def _count_optimizer_step(*_) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
+class _Evaluation(NamedTuple):
+    """One evaluation: the pair (input, output) with log|det d output / d input|, and what it depended on."""
+
+    input: Tensor
+    output: weakref.ref
+    ladj: Tensor
+    forward: bool
+    reads: "_Reads"
+    marks: list
+
+
 class Memo:
-    """One pair (x, y) with log|det dy/dx|, kept for as long as the output of that evaluation lives.
+    """The last evaluation of a bijection, kept for as long as its output lives.
 
     It answers in two cases: the log-determinant of that pair, and the way back from its output to its input. Going
     the same way twice is evaluated twice. All comparisons are by identity.
+
+    The evaluation is one object that is replaced as a whole. So a thread finds its own evaluation or none, never
+    a mixture of its own and another's.
     """
 
     def __init__(self):
@@ -35,54 +50,69 @@ class Memo:
         self.clear()
 
     def clear(self) -> None:
-        self._input = self._output_ref = self._output_id = self._ladj = self._forward = self._stored = None
+        self._last: _Evaluation | None = None
 
-    def store(self, bijection: nn.Module, input: Tensor, output: Tensor, ladj: Tensor, *, forward: bool) -> None:
+    def store(self, bijection: nn.Module, input: Tensor, output: Tensor, ladj: Tensor, *, forward: bool) -> Tensor:
+        """Remembers an evaluation; returns the output, as it is to be handed out."""
         if not is_eager():
-            return
+            return output
         self.clear()
-        if self._reads is None or not self._reads.is_current():
-            self._reads = _Reads(bijection)
-        marks = self._reads.marks(input, output)
-        if marks is None or input is output:
-            return
+        reads = self._reads
+        if reads is None or not reads.is_current():
+            reads = self._reads = _Reads(bijection)
+        if input is output:
+            return output
+        if ladj.requires_grad:
+            # The graph of the log-determinant may hold the output, which then would never die while it is remembered.
+            # A view shares the values, and no graph holds it.
+            output = output.view_as(output)
+        marks = reads.marks(input, output)
+        if marks is None:
+            return output
         this = weakref.ref(self)
-        self._output_ref = weakref.ref(output, lambda _: (memo := this()) and memo.clear())
-        self._input, self._output_id, self._ladj, self._forward = input, id(output), ladj, forward
-        self._stored = self._reads, marks
+        # The callback runs when the output dies, maybe long after another evaluation has taken its place.
+        output_ref = weakref.ref(output, lambda ref: (memo := this()) and memo._forget(ref))
+        self._last = _Evaluation(input, output_ref, ladj, forward, reads, marks)
+        return output
+
+    def _forget(self, output_ref: weakref.ref) -> None:
+        last = self._last
+        if last is not None and last.output is output_ref:
+            self.clear()
 
     def back(self, bijection: nn.Module, output: Tensor, *, forward: bool) -> tuple[Tensor, Tensor] | None:
         """(input, ladj of the way back) where `output` came out of the opposite direction, else None."""
-        if is_eager() and self._forward is (not forward) and self._is_fresh(bijection, self._input, output):
-            return self._input, -self._ladj
+        last = self._last
+        if last is not None and last.forward is not forward and self._is_fresh(last, bijection, last.input, output):
+            return last.input, -last.ladj
         return None
 
     def ladj(self, bijection: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """log|det dy/dx| where (x, y) is the remembered pair, else None."""
-        if not is_eager() or self._forward is None:
+        last = self._last
+        if last is None or not self._is_fresh(last, bijection, *((x, y) if last.forward else (y, x))):
             return None
-        if self._forward:
-            return self._ladj if self._is_fresh(bijection, x, y) else None
-        return -self._ladj if self._is_fresh(bijection, y, x) else None
+        return last.ladj if last.forward else -last.ladj
 
-    def _is_fresh(self, bijection: nn.Module, input: Tensor, output: Tensor) -> bool:
-        if self._input is not input or self._output_id != id(output):
+    def _is_fresh(self, last: _Evaluation, bijection: nn.Module, input: Tensor, output: Tensor) -> bool:
+        if not is_eager() or last.input is not input or last.output() is not output:
             return False
-        reads, marks = self._stored
+        reads = last.reads
         if not reads.is_current():
-            self._reads = _Reads(bijection)
-            if not self._reads.same(reads):
+            reads = self._reads = _Reads(bijection)
+            if not reads.same(last.reads):
                 return False
-        return self._reads.marks(input, output) == marks
+        return reads.marks(input, output) == last.marks
 
 
-def is_eager() -> bool:
-    """Whether tensors are plain values here: not in `torch.compile`, not traced, not inside `torch.func`."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether nothing is compiled or traced here, and the tensors are values, not the stand-ins of `torch.func`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    try:
+        return all(tensor.data_ptr() is not None for tensor in tensors)
+    except RuntimeError:  # a stand-in has no memory
+        return False
 
 
 class _Reads:
@@ -145,7 +175,7 @@ class _Reads:
         try:
             for t in (*more, *self.tensors):
                 marks += (t._version, t.data_ptr(), t.requires_grad)
-        except RuntimeError:  # a tensor without a version (inference mode) or without memory (fake, meta)
+        except RuntimeError:  # a tensor without a version (inference mode) or without memory (fake, meta, torch.func)
             return None
         return marks
 

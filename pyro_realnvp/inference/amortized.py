@@ -16,10 +16,10 @@ from ..bijections.linear import ConditionalAffine
 from ..bijections.shapes import sum_events
 from ..distributions import Flow
 from ..flows import real_nvp
-from .base import PlainModel
+from .base import GuideBase
 
 
-class AmortizedRealNVP(PlainModel, AutoGuide):
+class AmortizedRealNVP(GuideBase, AutoGuide):
     r""":math:`q(z_i \mid x_i)`, a guide of the latents of each row: a :func:`real_nvp` whose context is
     :math:`c_i = \operatorname{encoder}(x_i)`, in unconstrained coordinates.
 

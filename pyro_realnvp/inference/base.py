@@ -11,8 +11,17 @@ from torch import nn
 from ..bijections.memo import forget_param_store
 
 
-class PlainModel:
+class GuideBase:
     """What our guides share: the model as it was given, parameters of their own in Pyro's store, copies and states."""
+
+    is_warm = False
+    """Whether it starts near the posterior, where the path derivative of the ELBO is the less noisy one."""
+
+    draws_all_at_once = False
+    """Whether ``get_transform()`` takes one draw of ``get_base_dist()`` to all latents."""
+
+    def mark_trained(self) -> None:
+        """Called by :func:`fit_guide` when it has finished."""
 
     def _remember(self, model: Callable) -> None:
         self._plain_model = (model,)  # not a submodule
@@ -25,7 +34,7 @@ class PlainModel:
             raise RuntimeError("the guide was unpickled without its model: pass model=")
         return self._plain_model[0]
 
-    def build(self, *args, **kwargs) -> "PlainModel":
+    def build(self, *args, **kwargs) -> "GuideBase":
         """Looks at the model and makes the parameters; returns itself. Takes what the model takes."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
@@ -87,5 +96,5 @@ _UNPICKLED = ("_model", "_plain_model", "master", "_init_flow_fn")
 _count = itertools.count()
 
 
-def _new_name(guide: PlainModel) -> str:
+def _new_name(guide: GuideBase) -> str:
     return f"{type(guide).__name__}_{next(_count)}"

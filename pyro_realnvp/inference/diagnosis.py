@@ -10,7 +10,7 @@ from pyro.infer.importance import vectorized_importance_weights
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from .traces import can_vectorize, latents, model_of, plate_nesting, run
+from .traces import can_vectorize, check_argument_names, latents, model_of, plate_nesting, run
 
 
 @dataclass
@@ -58,12 +58,13 @@ def diagnose(guide: Callable, *args, model: Callable | None = None, num_samples:
 
     Args:
         guide: any guide of Pyro, such as an :class:`AutoRealNVP`.
-        args: what the model takes; so do the other keyword arguments.
+        args, kwargs: the model's arguments, passed on to model and guide.
         model: the model; known for guides made from one.
         num_samples: draws; PSIS-k wants a thousand or more.
 
     Raises:
-        ValueError: latent sites that only the model or the guide has; weights that are nan.
+        ValueError: latent sites that only the model or the guide has; weights that are nan; an argument of
+            the model that has the name of an option of this function.
 
     Example:
         >>> import pyro
@@ -79,6 +80,7 @@ def diagnose(guide: Callable, *args, model: Callable | None = None, num_samples:
         effective sample size  2000 of 2000
     """
     model = model_of(guide) if model is None else model
+    check_argument_names(model, diagnose, args)
     model_trace, guide_trace = run(model, guide, args, kwargs)
     names = sorted(latents(model_trace))
     shapes = {name: model_trace.nodes[name]["value"].shape for name in names}

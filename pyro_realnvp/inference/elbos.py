@@ -3,6 +3,7 @@
 
 import warnings
 
+import pyro
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.poutine.util import prune_subsample_sites
@@ -43,7 +44,7 @@ class DirectELBO(Trace_ELBO):
         base, transform = guide.get_base_dist(), guide.get_transform()
         particles = self.num_particles
         if particles > 1:  # the axis of the particles is on the left of all plates, as Pyro has it
-            model = self._vectorized_num_particles(model)
+            model = pyro.plate("particles", particles, dim=-self.max_plate_nesting)(model)
         noise = base.sample((particles,))
         z, ladj = transform.forward_and_ladj(noise)
         log_q = base.log_prob(noise) - ladj

@@ -19,14 +19,14 @@ from ..bijections.compose import Compose
 from ..bijections.linear import TriangularAffine
 from ..distributions import FlowDistribution
 from ..flows import real_nvp, spline_flow
-from .base import PlainModel
+from .base import GuideBase
 from .traces import by_site, constrain, run_at
 from .warm_start import Normal, best_normal
 
 _LARGEST_FULL = 100  # beyond it a matrix has more entries than data usually tell
 
 
-class AutoRealNVP(PlainModel, AutoContinuous):
+class AutoRealNVP(GuideBase, AutoContinuous):
     r"""A RealNVP guide over all latent variables of a model: :math:`z = \mu + L\,(m + T f(\epsilon)),\
     \epsilon \sim N(0, 1)`, in unconstrained coordinates.
 
@@ -68,6 +68,8 @@ class AutoRealNVP(PlainModel, AutoContinuous):
         torch.Size([])
     """
 
+    draws_all_at_once = True
+
     def __init__(
         self,
         model: Callable,
@@ -95,6 +97,9 @@ class AutoRealNVP(PlainModel, AutoContinuous):
         if is_new and self.master is None:
             self._create_plates(*args, **kwargs)  # which NeuTra wants
         return self
+
+    def mark_trained(self) -> None:
+        self.fitted.fill_(True)
 
     @property
     def is_trained(self) -> bool:

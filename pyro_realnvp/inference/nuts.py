@@ -13,7 +13,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-from .traces import by_site, frozen, model_of
+from .traces import by_site, check_argument_names, frozen, model_of
 
 
 @dataclass
@@ -69,7 +69,7 @@ def neutra(
 
     Args:
         guide: a trained :class:`AutoRealNVP`, or another of Pyro's with a transform.
-        args: what the model takes; so do the other keyword arguments.
+        args, kwargs: the model's arguments, passed on to model and guide.
         model: the model; known for guides made from one.
         num_samples: draws of each chain.
         warmup_steps: steps of each chain before them.
@@ -83,6 +83,7 @@ def neutra(
 
     Raises:
         RuntimeError: a guide that is not trained.
+        ValueError: an argument of the model that has the name of an option of this function.
         TypeError: a guide without a transform.
 
     Example:
@@ -104,6 +105,7 @@ def neutra(
     if num_samples < 4 or num_chains < 1:
         raise ValueError(f"expected num_samples >= 4 and num_chains >= 1; got {num_samples} and {num_chains}")
     model = model_of(guide) if model is None else model
+    check_argument_names(model, neutra, args)
     started = time.perf_counter()
     chains, divergences = [], 0
     with frozen(guide.parameters()):  # NUTS wants gradients of the latents only

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model and its guide, run side by side: their sites, their parameters, many draws at once."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.poutine import Trace
-from torch import Tensor
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
 from torch.distributions import biject_to
 
 
@@ -28,6 +30,28 @@ def model_of(guide: Callable) -> Callable:
     while getattr(model, "args", None):  # Pyro wraps it in handlers that initialise its sites
         model = model.args[-1]
     return model
+
+
+def check_argument_names(model: Callable, function: Callable, args: tuple) -> None:
+    """Raises an error where an option of ours would take a keyword argument of the model's, and the model miss it."""
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+        positional = signature.bind_partial(*args).arguments
+    except (TypeError, ValueError):  # a callable that does not say, or arguments that the model itself will refuse
+        return
+    bound = getattr(model, "keywords", {})  # by functools.partial
+    own = {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD} - {"args"}
+    taken = [
+        p.name
+        for p in signature.parameters.values()
+        if p.name in own and p.kind is not p.VAR_POSITIONAL and p.name not in positional and p.name not in bound
+    ]
+    if taken:
+        raise ValueError(
+            f"the model's arguments {taken} have the names of options of {function.__name__}, which would take them: "
+            f"rename them, pass them by position, or bind them with functools.partial(model, {taken[0]}=...) in the "
+            "model and the guide"
+        )
 
 
 def run(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
@@ -47,7 +71,7 @@ def run(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Tr
     extra = {
         name
         for name in guide_trace.stochastic_nodes
-        if not guide_trace.nodes[name]["infer"].get("is_auxiliary") and not _is_plate(guide_trace.nodes[name])
+        if not guide_trace.nodes[name]["infer"].get("is_auxiliary") and not site_is_subsample(guide_trace.nodes[name])
     } - set(model_trace.nodes)
     if extra:
         raise ValueError(
@@ -59,7 +83,7 @@ def run(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Tr
 
 def latents(trace: Trace) -> set[str]:
     """The names of a model's latent sites."""
-    return {name for name in trace.stochastic_nodes if not _is_plate(trace.nodes[name])}
+    return {name for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
 
 
 def run_at(model: Callable, values: dict[str, Tensor], args: tuple, kwargs: dict) -> Trace:
@@ -120,11 +144,7 @@ def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
             p.requires_grad_(was)
 
 
-def _is_plate(site: dict) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
-
-
-def inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[list[Tensor], int]:
+def learned_parameters(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[list[Tensor], int]:
     """What requires a gradient in the model and the guide, as Pyro finds it, and how many axes are plates."""
     with poutine.trace(param_only=True) as capture:
         traces = run(model, guide, args, kwargs)

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..training.history import Callback, History
 from ..training.loop import Training
+from ..training.options import LoopOptions
+from .base import GuideBase
 from .elbos import DirectELBO, PathDerivativeELBO
-from .guides import AutoRealNVP
-from .traces import can_vectorize, inspect, model_of
+from .traces import can_vectorize, check_argument_names, learned_parameters, model_of
 
 _TOLERANCE = 0.01  # nats: what validation cannot tell from its noise
 
@@ -49,7 +50,7 @@ def fit_guide(
 
     Args:
         guide: any guide of Pyro, such as an :class:`AutoRealNVP`.
-        args: what the model takes; so do the other keyword arguments.
+        args, kwargs: the model's arguments, passed on to model and guide.
         model: the model; known for guides made from one.
         num_steps: optimizer steps; the schedule spans all of them.
         num_particles: draws of the guide in a step.
@@ -75,7 +76,8 @@ def fit_guide(
         The :class:`History`; ``plots.plot_loss`` draws it.
 
     Raises:
-        ValueError: latent sites of the model that the guide does not have, or the other way round.
+        ValueError: latent sites of the model that the guide does not have, or the other way round; an argument of the
+            model that has the name of an option of this function.
 
     Warns:
         RuntimeWarning: steps were skipped; the model cannot be vectorised.
@@ -92,21 +94,29 @@ def fit_guide(
         tensor(True)
     """
     model = model_of(guide) if model is None else model
-    for name, steps in (("num_steps", num_steps), ("validate_every", validate_every)):
-        if steps < 1:
-            raise ValueError(f"expected {name} >= 1; got {steps}")
+    check_argument_names(model, fit_guide, args)
+    options = LoopOptions(
+        num_steps=num_steps,
+        lr=lr,
+        warmup=warmup,
+        max_grad_norm=max_grad_norm,
+        averaging=averaging,
+        validate_every=validate_every,
+        patience=patience,
+        tolerance=_TOLERANCE,
+    )
     if seed is not None:
         pyro.set_rng_seed(seed)
-    parameters, nesting = inspect(model, guide, args, kwargs)
+    parameters, nesting = learned_parameters(model, guide, args, kwargs)
     if not parameters:
         raise ValueError("neither the guide nor the model has a parameter that requires a gradient: nothing to fit")
     vectorize = (num_particles > 1 or validation_particles > 1) and can_vectorize(model, guide, nesting, args, kwargs)
     if path_derivative is None:
-        path_derivative = getattr(guide, "is_warm", False)
+        path_derivative = isinstance(guide, GuideBase) and guide.is_warm
 
     def elbo(particles: int, *, path_derivative: bool) -> Trace_ELBO:
         options = {"vectorize_particles": vectorize, "max_plate_nesting": nesting}
-        if isinstance(guide, AutoRealNVP) and (vectorize or particles == 1):
+        if isinstance(guide, GuideBase) and guide.draws_all_at_once and (vectorize or particles == 1):
             return DirectELBO(parameters, path_derivative, num_particles=particles, **options)
         if path_derivative:
             return PathDerivativeELBO(parameters, num_particles=particles, **options)
@@ -127,14 +137,7 @@ def fit_guide(
         training = Training(
             [module for module in (guide, model) if isinstance(module, nn.Module)],
             parameters,
-            num_steps=num_steps,
-            lr=lr,
-            warmup=warmup,
-            max_grad_norm=max_grad_norm,
-            averaging=averaging,
-            validate_every=validate_every,
-            patience=patience,
-            tolerance=_TOLERANCE,
+            options,
         )
         history = training.run(
             lambda: loss.differentiable_loss(model, guide, *args, **kwargs),
@@ -144,6 +147,6 @@ def fit_guide(
             callbacks=callbacks,
             remedy="lower lr, or look at the model's supports and priors",
         )
-    if isinstance(guide, AutoRealNVP):
-        guide.fitted.fill_(True)
+    if isinstance(guide, GuideBase):
+        guide.mark_trained()
     return history

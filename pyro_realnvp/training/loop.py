@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from . import distributed
 from .checkpoint import Checkpoint
 from .history import Callback, History
+from .options import LoopOptions
 from .snapshots import Average, State
 
 _SKIPS_BEFORE_RESTORE = 10
@@ -24,37 +25,21 @@ _MAX_RESTORES = 3
 
 
 class Training:
-    """Minimises a loss, and leaves the best of the averaged weights behind.
+    """Minimizes a loss, and leaves the best of the averaged weights behind."""
 
-    Later weights are preferred to earlier ones whose loss is better by less than `tolerance`.
-    """
-
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        parameters: list[Tensor],
-        *,
-        num_steps: int,
-        lr: float,
-        warmup: float,
-        max_grad_norm: float,
-        averaging: float,
-        validate_every: int,
-        patience: int | None,
-        weight_decay: float = 0.0,
-        tolerance: float = 0.0,
-    ):
-        self.modules, self.parameters, self.num_steps = modules, parameters, num_steps
-        self.max_grad_norm, self.tolerance = max_grad_norm, tolerance
-        self.validate_every, self.patience = validate_every, patience
-        self.optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
-        warmup = (
-            warmup if warmup * (num_steps + 1) > 1 else 0.0
-        )  # a part of a step is none, which OneCycleLR divides by
+    def __init__(self, modules: Sequence[nn.Module], parameters: list[Tensor], options: LoopOptions):
+        self.modules, self.parameters, self.options = modules, parameters, options
+        self.optimizer = torch.optim.AdamW(parameters, options.lr, weight_decay=options.weight_decay, fused=True)
+        total_steps = options.num_steps + 1
         self.schedule = OneCycleLR(
-            self.optimizer, lr, total_steps=num_steps + 1, pct_start=warmup, cycle_momentum=False
+            self.optimizer,
+            options.lr,
+            total_steps=total_steps,
+            # A rise of one step or less is none: OneCycleLR would divide by its length minus one.
+            pct_start=options.warmup if options.warmup * total_steps > 1 else 0.0,
+            cycle_momentum=False,
         )
-        self.average = Average(parameters, max(averaging * num_steps, 1))
+        self.average = Average(parameters, max(options.averaging * options.num_steps, 1))
         self.best = State(modules, parameters)
         self.history = History()
         self.skips_in_a_row = 0
@@ -84,12 +69,13 @@ class Training:
             remedy: where steps were skipped.
             validate_start: training must not end below what is there already.
         """
-        history = self.history
+        history, options = self.history, self.options
         started = time.perf_counter() - history.seconds
         asked = any(distributed.gather(bool(callbacks)))
         were_training = [module.training for module in self.modules]
         _train(self.modules, True)
-        bar = tqdm(total=self.num_steps, initial=self.step, unit="step", disable=not progress or distributed.rank() > 0)
+        hidden = not progress or distributed.rank() > 0
+        bar = tqdm(total=options.num_steps, initial=self.step, unit="step", disable=hidden)
         try:
             if self.step == 0 and validate_start:
                 self._validate(validation)
@@ -98,9 +84,10 @@ class Training:
             while not self.is_done:
                 self._take_step(loss)
                 history.seconds = time.perf_counter() - started
-                if self.step % self.validate_every == 0:
+                if self.step % options.validate_every == 0:
                     self._validate(validation)
-                    if validation and self.patience is not None and self.step - history.best_step >= self.patience:
+                    without_gain = self.step - history.best_step
+                    if validation and options.patience is not None and without_gain >= options.patience:
                         self._stop("early")
                 if asked and any(distributed.gather(any([_is_true(call(history)) for call in callbacks]))):
                     self._stop("callback")
@@ -143,8 +130,8 @@ class Training:
         total_norm = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]).norm()
         value, norm = distributed.mean(torch.stack([step_loss.detach(), total_norm])).tolist()
         if math.isfinite(value + norm):
-            if norm > self.max_grad_norm:
-                clip_grads_with_norm_(self.parameters, self.max_grad_norm, total_norm)
+            if norm > self.options.max_grad_norm:
+                clip_grads_with_norm_(self.parameters, self.options.max_grad_norm, total_norm)
             self.optimizer.step()
             self.skips_in_a_row = 0
         else:
@@ -157,7 +144,7 @@ class Training:
             self.average.restart()
         elif self.step % self.average.every == 0:
             self.average.update()
-        self.is_done = self.step == self.num_steps
+        self.is_done = self.step == self.options.num_steps
         if self.skips_in_a_row == _SKIPS_BEFORE_RESTORE:
             self._go_back()
 
@@ -177,7 +164,7 @@ class Training:
         history = self.history
         if history.validation_steps[-1:] == [self.step]:
             return
-        recent, error = _summary(history.loss[-self.validate_every :])
+        recent, error = _summary(history.loss[-self.options.validate_every :])
         with self.average.in_place():
             value = recent
             if validation is not None:
@@ -186,7 +173,7 @@ class Training:
                 _train(self.modules, True)
             history.validation_steps.append(self.step)
             history.validation_loss.append(value)
-            tolerance = self.tolerance if validation else error  # later weights must not lose by noise alone
+            tolerance = self.options.tolerance if validation else error  # later weights must not lose by noise alone
             if (math.isfinite(recent) or self.step == 0) and value < history.best_loss + tolerance:
                 history.best_loss, history.best_step = min(value, history.best_loss), self.step
                 self.best.save()

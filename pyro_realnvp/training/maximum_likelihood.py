@@ -4,6 +4,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .checkpoint import Checkpoint
 from .history import Callback, History
 from .loop import Training
 from .objective import Objective, log_likelihood
+from .options import LoopOptions, plain
 from .rows import Batch
 
 
@@ -116,20 +118,20 @@ def fit(
     """
     if isinstance(flow, Bijection):
         raise TypeError(f"expected a Flow; got {type(flow).__name__}, a bijection without a base: pass Flow(bijection)")
-    for name, steps in (("num_steps", num_steps), ("validate_every", validate_every)):
-        if steps < 1:
-            raise ValueError(f"expected {name} >= 1; got {steps}")
+    options = LoopOptions(
+        num_steps=num_steps,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        averaging=averaging,
+        validate_every=validate_every,
+        patience=patience,
+    )
     parameters = [p for p in flow.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the flow has no parameter that requires a gradient: there is nothing to fit")
-    options = {"num_steps": num_steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay} | {
-        "max_grad_norm": max_grad_norm,
-        "averaging": averaging,
-        "validate_every": validate_every,
-        "patience": patience,
-    }
-    options = {name: _plain(value) for name, value in options.items()}
-    seed, batch_size, validation = _plain(seed), _plain(batch_size), _plain(validation)
+    seed, batch_size, validation = plain(seed), plain(batch_size), plain(validation)
     checkpoint = distributed.agree(checkpoint)
     file = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_every)
     if seed is None:
@@ -143,7 +145,7 @@ def fit(
     objective = Objective(flow, compile, autocast)
     if distributed.are_many():
         objective = DistributedDataParallel(objective)  # which gives all of them the weights of the first
-    training = Training([flow], parameters, **options)
+    training = Training([flow], parameters, options)
     if file:
         split = validation if isinstance(validation, (int, float)) else None
         settings = {
@@ -152,7 +154,7 @@ def fit(
             "validation": split,
             "rows": [rows.mark() for rows in tables],
         }
-        file.connect(flow, options | settings, training=training, batches=batches)
+        file.connect(flow, asdict(options) | settings, training=training, batches=batches)
 
     bijections = [module for module in flow.modules() if isinstance(module, Bijection)]
 
@@ -173,11 +175,6 @@ def fit(
             callbacks=callbacks,
             checkpoint=file,
         )
-
-
-def _plain(value):
-    """Numpy's scalars as Python's, which a checkpoint can hold."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _initialize(flow: nn.Module, batch: Batch) -> None:

@@ -258,7 +258,25 @@ def test_memory_dies_with_the_output(case, data):
     del x, y, x2
     gc.collect()
     assert alive() is None
-    assert all(m._memo._input is None for m in f.modules() if isinstance(m, rn.Bijection))
+    assert all(m._memo._last is None for m in f.modules() if isinstance(m, rn.Bijection))
+
+
+@over_registry
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "inverse"])
+@few(3)
+@given(data=st.data())
+def test_an_input_dies_with_the_output_of_the_last_evaluation(case, forward, data):
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, batch_shapes=((3,),)))
+    f = f if forward else f.inv
+    x = (x if forward else f.inv(x)).detach().clone().requires_grad_()
+    alive = weakref.ref(x)
+    y = f(x)
+    ladj = f.log_abs_det_jacobian(x, y)
+    assert y.grad_fn is not None and ladj is not None
+    del x, y, ladj
+    gc.collect()
+    assert alive() is None
 
 
 @over_registry

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """fit_guide, diagnose, neutra, amortised guides and flow priors."""
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -167,3 +169,28 @@ vanishing.calls = 0
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("function", [rn.fit_guide, rn.diagnose, rn.neutra], ids=lambda function: function.__name__)
+def test_a_model_whose_argument_has_the_name_of_an_option_is_refused(function):
+    def model(y, num_samples=3, lr=0.1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, lr * num_samples), obs=y)
+
+    y = torch.tensor(1.0)
+    name = "lr" if function is rn.fit_guide else "num_samples"
+    guide = rn.AutoRealNVP(model)
+    guide.build(y).mark_trained()
+    with pytest.raises(ValueError, match=rf"\['{name}'\] have the names of options of {function.__name__}"):
+        function(guide, y)
+
+
+def test_arguments_by_position_or_bound_are_not_mistaken_for_options():
+    def model(y, num_samples, lr=0.1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, lr * num_samples), obs=y)
+
+    y = torch.tensor(1.0)
+    rn.fit_guide(rn.AutoRealNVP(model), y, 10, 0.1, num_steps=2, progress=False)
+    bound = functools.partial(model, num_samples=10, lr=0.1)
+    rn.fit_guide(rn.AutoRealNVP(bound), y, num_steps=2, progress=False)

@@ -16,6 +16,7 @@ import torch._dynamo  # which the first optimizer imports
 
 from pyro_realnvp import saving
 
+
 def train(path):
     history = helpers.train(path, num_steps=2000, validate_every=100)[1]
     return history.loss, history.best_loss
