@@ -5,21 +5,26 @@ import hypothesis
 import pyro
 import pytest
 import torch
+from hypothesis import Phase
+from hypothesis.database import DirectoryBasedExampleDatabase
 
-hypothesis.settings.register_profile(
-    "ci",
+CI = hypothesis.settings(
     deadline=None,
     derandomize=True,
     max_examples=20,
     report_multiple_bugs=False,
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # to explain a failure would trace all of torch
+    phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
-CI = hypothesis.settings.get_profile("ci")
+DEEP = {
+    "derandomize": False,
+    "database": DirectoryBasedExampleDatabase(".hypothesis/examples"),
+    "max_examples": 300,
+    "phases": set(Phase) - {Phase.explain},  # to explain a failure would trace all of torch
+}
+hypothesis.settings.register_profile("ci", CI)
 hypothesis.settings.register_profile("quick", CI, max_examples=2)
-hypothesis.settings.register_profile(
-    "deep", CI, derandomize=False, database=None, max_examples=300, phases=list(hypothesis.Phase)
-)
+hypothesis.settings.register_profile("deep", CI, **DEEP)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)
 
