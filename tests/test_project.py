@@ -10,6 +10,7 @@ import pytest
 from helpers import run_python
 
 import pyro_realnvp
+from pyro_realnvp import masks, plots
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyro_realnvp"
@@ -86,6 +87,22 @@ def test_every_public_name_has_a_docstring():
         value = getattr(pyro_realnvp, name)
         if not name.startswith("_") and callable(value):
             assert value.__doc__, name
+
+
+def public_names():
+    """Of the package, and of the two modules whose names it does not hand on."""
+    ours = {name: value for name, value in vars(pyro_realnvp).items() if isinstance(value, type | types.FunctionType)}
+    yield from (name for name in ours if not name.startswith("_"))
+    yield from (f"masks.{name}" for name in masks.__all__ if name not in ours)
+    drawn = {name for name, value in vars(plots).items() if isinstance(value, types.FunctionType)}
+    yield from (f"plots.{name}" for name in drawn if not name.startswith("_"))
+
+
+def test_every_public_name_is_in_the_docs():
+    """Once, as a directive of a page of the API."""
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst"))
+    documented = re.findall(r"^\.\. auto(?:class|function):: (?:pyro_realnvp\.)?([\w.]+)", pages, re.MULTILINE)
+    assert sorted(documented) == sorted(public_names())
 
 
 @pytest.mark.slow
