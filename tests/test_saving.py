@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-
 from functools import partial
 
 import helpers

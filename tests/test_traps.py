@@ -217,14 +217,14 @@ def test_modules_keep_working_in_torchs_wrappers():
     flow.inv(x).sum().backward()
 
 
-class TestNormalisationIsNotConsumedByAccident:
+class TestNormalizationIsNotConsumedByAccident:
     def flow(self):
         return rn.Flow(small(3, hidden_dims=(16,), between=lambda dim: rn.ActNorm(dim).inv))
 
     def norms(self, flow):
         return [m for m in flow.modules() if isinstance(m, rn.ActNorm)]
 
-    def test_only_a_training_pass_over_data_initialises(self):
+    def test_only_a_training_pass_over_data_initializes(self):
         flow, x = self.flow(), torch.randn(50, 3) * 2 + 5
         flow().sample((10,)), flow().rsample((10,))  # sampling
         with torch.no_grad():
@@ -243,7 +243,7 @@ class TestNormalisationIsNotConsumedByAccident:
         fresh = self.flow()
         fresh.load_state_dict(flow.state_dict())
         before = fresh().log_prob(x)
-        fresh().log_prob(10 * x)  # a training pass would initialise again
+        fresh().log_prob(10 * x)  # a training pass would initialize again
         torch.testing.assert_close(fresh().log_prob(x), before, rtol=0, atol=0)
 
     def test_single_rows_and_constant_columns_leave_finite_values(self):

@@ -43,7 +43,7 @@ def test_a_subclass_may_declare_its_own_domain_and_take_a_context():
 
 @pytest.mark.slow
 def test_a_layer_of_ones_own_is_initialized_by_the_first_batch():
-    class Centre(rn.Bijection):
+    class Center(rn.Bijection):
         """y = x - mu, where mu comes from the first batch."""
 
         elementwise = True
@@ -64,7 +64,7 @@ def test_a_layer_of_ones_own_is_initialized_by_the_first_batch():
         def inverse_and_ladj(self, y, context=None):
             return y + self.mu, y.new_zeros(y.shape[:-1])
 
-    class NoBranch(Centre):
+    class NoBranch(Center):
         """Compiled steps come after the initialization, which would branch on values."""
 
         def forward_and_ladj(self, x, context=None):
@@ -77,8 +77,8 @@ def test_a_layer_of_ones_own_is_initialized_by_the_first_batch():
     for compiled in (False, "default"):
         flow = rn.Flow(rn.Compose([rn.real_nvp(2, num_couplings=2, hidden_dims=(8,)), NoBranch(2).inv]))
         history = rn.fit(flow, torch.randn(300, 2) + 50, num_steps=3, compile=compiled, progress=False)
-        (centre,) = [m for m in flow.modules() if isinstance(m, Centre)]
-        assert ((centre.mu - 50).abs() < 1).all() and history.loss[0] < 10
+        (center,) = [m for m in flow.modules() if isinstance(m, Center)]
+        assert ((center.mu - 50).abs() < 1).all() and history.loss[0] < 10
 
 
 @table(

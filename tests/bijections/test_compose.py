@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Permute, InvertibleLinear, ActNorm, BatchNorm, Standardize, Compose: what each does beside the laws."""
+"""Compose: what it does beside the laws."""
 
 import pyro.distributions as dist
 import pyro.distributions.transforms as T

@@ -36,9 +36,9 @@ def test_conv_resnet():
     torch.testing.assert_close(
         fresh(x.float()[0]), nn.functional.conv2d(x.float()[0], fresh.weight, fresh.bias, padding=1)
     )
-    normalised = rn.ConvResNet(2, 4, batch_norm=True)
-    assert any(isinstance(m, nn.BatchNorm2d) for m in normalised.modules())
-    assert normalised.eval()(x.float()).shape == (2, 3, 4, 4, 6)
+    normalized = rn.ConvResNet(2, 4, batch_norm=True)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in normalized.modules())
+    assert normalized.eval()(x.float()).shape == (2, 3, 4, 4, 6)
 
 
 def test_an_image_as_context_is_seen_where_it_is():

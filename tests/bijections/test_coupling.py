@@ -122,7 +122,7 @@ def on_squeezed_lattice(conv: nn.Conv2d) -> nn.Conv2d:
         for j in range(2):
             for dy in range(-1, 2):
                 for dx in range(-1, 2):
-                    y, x = i + dy, j + dx  # the neighbour, counted from the square's first pixel
+                    y, x = i + dy, j + dx  # the neighbor, counted from the square's first pixel
                     weight[:, i, j, :, y % 2, x % 2, y // 2 + 1, x // 2 + 1] = conv.weight[:, :, dy + 1, dx + 1]
     with torch.no_grad():
         squeezed.weight.copy_(weight.reshape(squeezed.weight.shape))

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-
 import pyro.distributions as dist
 import pytest
 import torch

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-
 import pytest
 import torch
 from helpers import perturb, table
@@ -8,15 +7,15 @@ from torch import nn
 import pyro_realnvp as rn
 
 
-def test_actnorm_normalises_what_initialises_it():
+def test_actnorm_normalizes_what_initializes_it():
     x = torch.randn(2000, 3) * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, 10.0, -3.0])
     for f in (rn.ActNorm(3).initialize(x), rn.ActNorm(3)):
-        y = f(x)  # the second is initialised by this pass
+        y = f(x)  # the second is initialized by this pass
         torch.testing.assert_close(y.mean(0), torch.zeros(3), atol=1e-3, rtol=0)
         torch.testing.assert_close(y.std(0), torch.ones(3), atol=1e-3, rtol=0)
     x[:, 1] = 7.0
     y = rn.ActNorm(3).initialize(x)(x)
-    assert torch.equal(y[:, 1], torch.zeros(2000))  # a constant column is centred, its scale stays
+    assert torch.equal(y[:, 1], torch.zeros(2000))  # a constant column is centered, its scale stays
 
 
 def test_batchnorm_converges_to_the_statistics_and_trains_through_them():

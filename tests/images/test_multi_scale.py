@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks, layers and flows of images: what each does beside the laws."""
+"""Flows of images: what they do beside the laws."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ def rows(x, size=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [None, 50])
-def test_an_amortised_guide(size):
+def test_an_amortized_guide(size):
     x = 1.2 * torch.randn(400, 2)
     guide = rn.AmortizedRealNVP(rows, Encoder(), context_dim=8)
     rn.fit_guide(guide, x, size=size, num_steps=400, num_particles=4, validation_particles=32, progress=False)
@@ -48,7 +48,7 @@ def test_an_amortised_guide(size):
         assert math.isfinite(svi.step(x, size=size))
 
 
-def test_an_amortised_guide_of_a_single_dimension():
+def test_an_amortized_guide_of_a_single_dimension():
     def model(x):
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))

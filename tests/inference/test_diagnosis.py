@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-
 import pyro
 import pyro.distributions as dist
 import pytest

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-
 import pytest
 from helpers import YEAR, Y, fitted, table, two_modes, uncentered
 from pyro.infer.autoguide import AutoNormal

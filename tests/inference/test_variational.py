@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fit_guide, diagnose, neutra, amortised guides and flow priors."""
+"""fit_guide, flow priors, and the options that models must not have as arguments."""
 
 import functools
 
@@ -12,9 +12,6 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 import pyro_realnvp as rn
-
-# -- warm start --------------------------------------------------------------------------------------------------------
-
 
 # -- fit_guide ---------------------------------------------------------------------------------------------------------
 
@@ -33,7 +30,7 @@ def test_fit_guide_takes_pyros_guides_and_learns_the_model():
     assert history.validation_steps[0] == 0 and history.best_loss < history.validation_loss[0]
 
 
-def test_a_model_that_cannot_be_vectorised():
+def test_a_model_that_cannot_be_vectorized():
     def model():
         beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(torch.ones(3, 2) @ beta, 1.0).to_event(1), obs=torch.ones(3))
@@ -77,15 +74,6 @@ def test_the_path_derivative_has_no_noise_where_the_guide_is_exact():
         moved = [(p - start[name]).square().sum() for name, p in guide.named_parameters()]
         norms[path_derivative] = sum(moved).sqrt().item()
     assert norms[True] < 0.1 * norms[False]
-
-
-# -- diagnose ----------------------------------------------------------------------------------------------------------
-
-
-# -- neutra ------------------------------------------------------------------------------------------------------------
-
-
-# -- amortised guides --------------------------------------------------------------------------------------------------
 
 
 # -- flow priors -------------------------------------------------------------------------------------------------------

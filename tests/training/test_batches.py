@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches from memory, from files and from streams; weights."""
+"""Batches from memory, from files and from streams."""
 
 import numpy as np
 import pytest
@@ -126,6 +126,3 @@ def test_the_flow_keeps_its_best_weights_where_a_stream_ends():
 def test_no_weights_beside_a_loader():
     with pytest.raises(ValueError, match="weights= beside it"):
         run(DataLoader(X, batch_size=8), weights=torch.ones(400))
-
-
-# -- weights ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of modules and of trainings: resumed is the same as uninterrupted, and a bad file is refused."""
+"""Files of trainings: resumed is the same as uninterrupted, and a bad file is refused."""
 
 import errno
 import os
@@ -274,6 +274,3 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["run.pt"]
     monkeypatch.undo()
     assert_same(train(path), train())
-
-
-# -- save and load ---------------------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def test_the_mode_of_the_flow_is_given_back(x):
         assert flow.training is mode
 
 
-def test_normalisation_layers_end_where_the_best_weights_were(x):
+def test_normalization_layers_end_where_the_best_weights_were(x):
     flow = make_flow(between=lambda dim: rn.BatchNorm(dim).inv)
     history = run(flow, x, validation=x)
     with torch.no_grad():

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-
 import torch
 
 from pyro_realnvp.training import snapshots
