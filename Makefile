@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND ?= agg
 
-.PHONY: demo test quick lint format docs bench clean
+.PHONY: demo test quick newest lint format docs bench clean
 
 demo: .venv/plots  ## train two moons, print the numbers, write the pictures
 	$(BIN)/python examples/two_moons.py --out pictures
@@ -14,6 +14,11 @@ test: .venv/test lint  ## what CI runs: lint, tests, doctests, examples in short
 quick: export HYPOTHESIS_PROFILE = quick
 quick: .venv/test  ## a test of each feature and two fixed instances for each law, in less than a minute
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+newest:  ## the suite with the newest torch and Pyro that resolve, so that a rename of theirs is found early
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install -q --upgrade torch pyro-ppl -e '.[test]'
+	.venv-newest/bin/python -m pytest -q -n 2 --dist worksteal
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -39,4 +44,4 @@ bench: .venv/bench  ## tables of quality and speed, beside Pyro, Zuko, nflows, n
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv build *.egg-info docs/_build docs/gallery pictures
+	rm -rf .venv .venv-newest build *.egg-info docs/_build docs/gallery pictures

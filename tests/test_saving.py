@@ -38,12 +38,18 @@ def test_random_masks_are_loaded_and_are_no_other_architecture(tmp_path):
     assert torch.equal(rn.load(make(), path)().log_prob(x), flow().log_prob(x))
 
 
+def linear():
+    """A bijection of two channels, which are half of a checkerboard, or half of four channels."""
+    return rn.InvertibleLinear(2, event_dim=3)
+
+
 @table(
     ("there", "here"),
     {
         "couplings": (make_flow(), rn.Flow(rn.real_nvp(2, num_couplings=4, hidden_dims=(8,)))),
         "number": (rn.Flow(rn.Compose([rn.Logit(0.05)]), (2,)), rn.Flow(rn.Compose([rn.Logit(0.01)]), (2,))),
         "bijection for a flow": (make_flow(), make_flow().bijection),
+        "mask": (rn.FactorOut(rn.masks.checkerboard(1), linear()), rn.FactorOut(rn.masks.channelwise(4), linear())),
     },
 )
 def test_another_architecture_is_refused(tmp_path, there, here):

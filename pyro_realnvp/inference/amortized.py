@@ -68,12 +68,11 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         create_plates: Callable | None = None,
     ):
         super().__init__(model, create_plates=create_plates)
-        self._remember(model)
         self.encoder = encoder
         self.context_dim = context_dim
         self._options = {"num_couplings": num_couplings, "hidden_dims": hidden_dims}
 
-    def _make_parameters(self, args: tuple, kwargs: dict) -> None:
+    def make_parameters(self, args: tuple, kwargs: dict) -> None:
         sites = list(self.prototype_trace.iter_stochastic_nodes())
         if not sites:
             raise ValueError("the model has no latent sites: it needs no guide")
@@ -98,15 +97,15 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
 
     def get_posterior(self, *args, **kwargs) -> dist.Distribution:
         """The distribution of each row's latents, in unconstrained coordinates."""
-        return self._posterior(self._own("encoder")(*args, **kwargs))
+        return self._posterior(self.own("encoder")(*args, **kwargs))
 
     def _posterior(self, context: Tensor) -> dist.Distribution:
-        return self._own("flow")(context)
+        return self.own("flow")(context)
 
     def forward(self, *args, **kwargs) -> dict[str, Tensor]:
         """Draws all latent sites; takes what the model takes."""
         self.build(*args, **kwargs)
-        encoder = self._own("encoder")
+        encoder = self.own("encoder")
         draws_rows = any(frame.full_size not in (None, frame.size) for frame in self._frames)
         given = draws_rows or self.create_plates is not None or self.master is not None
         if given:

@@ -23,7 +23,8 @@ class GuideBase:
     def mark_trained(self) -> None:
         """Called by :func:`fit_guide` when it has finished."""
 
-    def _remember(self, model: Callable) -> None:
+    def __init__(self, model: Callable, **options):
+        super().__init__(model, **options)
         self._plain_model = (model,)  # not a submodule
         self._store_name = _new_name(self)
 
@@ -43,16 +44,16 @@ class GuideBase:
     def _setup_prototype(self, *args, **kwargs):
         super()._setup_prototype(*args, **kwargs)
         try:
-            self._make_parameters(args, kwargs)
+            self.make_parameters(args, kwargs)
         except BaseException:
             self.prototype_trace = None  # it is not built
             raise
 
-    def _make_parameters(self, args: tuple, kwargs: dict) -> None:
+    def make_parameters(self, args: tuple, kwargs: dict) -> None:
         """Makes the guide's submodules, with the prototype at hand."""
         raise NotImplementedError
 
-    def _own(self, name: str) -> nn.Module:
+    def own(self, name: str) -> nn.Module:
         """A submodule, registered with Pyro under a name of its own.
 
         Under the class's name Pyro would give a second guide the parameters of the first.

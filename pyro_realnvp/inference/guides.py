@@ -85,7 +85,6 @@ class AutoRealNVP(GuideBase, AutoContinuous):
         super().__init__(model, init_loc_fn=_with_fallback(init_loc_fn))
         if not init_scale > 0:
             raise ValueError(f"expected init_scale > 0; got {init_scale}")
-        self._remember(model)
         self.init_scale, self.full, self.warm_start = init_scale, full, warm_start
         self._options = {"num_couplings": num_couplings, "hidden_dims": hidden_dims}
         self._init_flow_fn = init_flow_fn
@@ -108,7 +107,7 @@ class AutoRealNVP(GuideBase, AutoContinuous):
             return False
         return bool(self._buffers["fitted"]) or any(p.any() for p in self._modules["transform"].parts[-1].parameters())
 
-    def _make_parameters(self, args: tuple, kwargs: dict) -> None:
+    def make_parameters(self, args: tuple, kwargs: dict) -> None:
         for name, frames in self._cond_indep_stacks.items():
             for frame in frames:
                 if frame.full_size is not None and frame.full_size != frame.size:
@@ -190,11 +189,11 @@ class AutoRealNVP(GuideBase, AutoContinuous):
 
     def get_transform(self, *args, **kwargs) -> Bijection:
         """From the base to unconstrained coordinates."""
-        return self._own("transform")
+        return self.own("transform")
 
     def get_posterior(self, *args, **kwargs) -> FlowDistribution:
         """The guide's distribution of all latents, in unconstrained coordinates."""
-        return FlowDistribution(self.get_base_dist(), [self._own("transform")])
+        return FlowDistribution(self.get_base_dist(), [self.own("transform")])
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> dict[str, Tensor]:

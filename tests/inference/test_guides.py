@@ -12,9 +12,10 @@ import torch
 from helpers import YEAR, Y, count_evaluations, fitted, table, two_modes, uncentered
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
-from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoContinuous, AutoGuideList, AutoNormal, init_to_value
 
 import pyro_realnvp as rn
+from pyro_realnvp.inference.base import GuideBase
 
 
 def test_an_uncentered_regression_with_defaults():
@@ -278,3 +279,25 @@ def not_finite():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+class AutoShifted(GuideBase, AutoContinuous):
+    """The guide of CONTRIBUTING: z = mu + epsilon, epsilon ~ N(0, 1)."""
+
+    def make_parameters(self, args, kwargs):
+        self.loc = torch.nn.Parameter(self._init_loc())
+
+    def get_posterior(self, *args, **kwargs):
+        return dist.Normal(self.loc, 1.0).to_event(1)
+
+
+def test_a_guide_of_ones_own():
+    def model():
+        pyro.sample("z", dist.Normal(torch.tensor([3.0, 1.0]), 1.0).to_event(1))
+
+    guide = AutoShifted(model)
+    history = rn.fit_guide(guide, num_steps=200, progress=False)
+    torch.testing.assert_close(guide.loc.detach(), torch.tensor([3.0, 1.0]), atol=0.1, rtol=0)
+    assert abs(history.best_loss) < 0.01 and abs(rn.diagnose(guide).log_evidence) < 0.01
+    clone = copy.deepcopy(guide)
+    assert torch.equal(clone.loc, guide.loc) and clone.loc is not guide.loc
