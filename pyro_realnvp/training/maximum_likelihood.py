@@ -110,8 +110,8 @@ def fit(
     Raises:
         TypeError: The data are not floating-point or not of the flow's dtype, or ``flow`` is a bijection.
         ValueError: The rows do not have the flow's event shape, contain nan or inf, have a constant column, or are
-            fewer than two or than a batch; contexts or weights do not match the rows; no row is left to train on or to hold
-            out; an option is out of range; or the checkpoint belongs to another training or architecture.
+            fewer than two or than a batch; contexts or weights do not match the rows; no row is left to train on or to
+            hold out; an option is out of range; or the checkpoint belongs to another training or architecture.
         RuntimeError: The checkpoint is damaged, or it cannot be written; the flow has the best weights so far.
 
     Warns:
