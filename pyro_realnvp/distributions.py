@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distributions made of a base and a bijection."""
+"""Distributions that a base and a bijection define."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,16 +16,16 @@ from .bijections.shapes import sum_events
 
 class FlowDistribution(dist.TransformedDistribution):
     r""":math:`\log p(y) = \log p_0(f^{-1}(y)) + \log|\det \partial f^{-1} / \partial y|`, in one pass
-    (Dinh et al. 2017, eq. 2). Made by calling a :class:`Flow`.
+    through the bijection (Dinh et al. 2017, eq. 2). Calling a :class:`Flow` returns one.
 
-    In all else (``sample``, ``rsample``, ``expand``, ``support``) a
+    All else (``sample``, ``rsample``, ``expand``, ``support``) is as in
     :class:`~pyro.distributions.TransformedDistribution`.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value) in nats, shaped like the batch."""
         (transform,) = self.transforms
-        if self._validate_args and not torch.compiler.is_compiling():  # which cannot branch on values
+        if self._validate_args and not torch.compiler.is_compiling():  # compiled code cannot branch on values
             if value.shape[value.dim() - self.event_dim :] != self.event_shape or not value.is_floating_point():
                 transform._check(value, forward=False)  # raises an error that says what to do
             self._validate_sample(value)
@@ -33,7 +33,7 @@ class FlowDistribution(dist.TransformedDistribution):
         return self.base_dist.log_prob(x) + self._sum(ladj)
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """A reparametrised sample y and log p(y), in one pass.
+        """A reparametrized sample y and log p(y), in one pass through the bijection.
 
         >>> from pyro_realnvp import Flow, real_nvp
         >>> y, log_prob = Flow(real_nvp(2))().rsample_and_log_prob((5,))
@@ -50,14 +50,14 @@ class FlowDistribution(dist.TransformedDistribution):
 
 
 class Base(nn.Module):
-    """A base distribution as a module: its parameters are moved, saved and, if wanted, learned with the flow.
+    """A base distribution as a module, so that its parameters are moved and saved with the flow and can be learned.
 
-    All axes are one event.
+    All of its axes form one event.
 
     Args:
         distribution: a class of :mod:`pyro.distributions`.
-        learnable: whether the parameters are trained; each in the unconstrained coordinates of its constraint.
-        parameters: the tensors that the class takes.
+        learnable: whether the parameters are trained. Each is then stored in unconstrained coordinates.
+        parameters: the arguments of the class, which must be tensors.
 
     Example:
         >>> heavy_tailed = Base(dist.StudentT, df=torch.tensor(4.0), loc=torch.zeros(2), scale=torch.ones(2))
@@ -73,7 +73,7 @@ class Base(nn.Module):
     ):
         super().__init__()
         self.distribution, self.names, self.learnable = distribution, tuple(parameters), learnable
-        distribution(**parameters, validate_args=True)
+        distribution(**parameters, validate_args=True)  # raises an error if the parameters are invalid
         for name, value in parameters.items():
             if not isinstance(value, Tensor):
                 raise TypeError(
@@ -88,6 +88,7 @@ class Base(nn.Module):
         return f"{self.distribution.__name__}, learnable={self.learnable}"
 
     def _constrain(self, name: str) -> torch.distributions.Transform:
+        """The map from the unconstrained coordinates of a parameter to its value."""
         return transform_to(self.distribution.arg_constraints[name])
 
     def forward(self) -> dist.Distribution:
@@ -101,22 +102,24 @@ class Base(nn.Module):
 class Flow(nn.Module):
     r""":math:`y = f(x),\ x \sim p_0`: a base and a bijection joined in a module, which moves, saves and loads as one.
 
-    Calling it gives a Pyro distribution, which goes into ``pyro.sample`` and plates, and whose ``log_prob`` takes one
-    pass. The flow is registered with a Pyro model by ``pyro.module("flow", flow)`` or as an attribute of a
-    ``PyroModule``.
+    Calling it returns a Pyro distribution, which goes into ``pyro.sample`` and plates, and whose ``log_prob`` takes one
+    pass through the bijection. To train the flow in a Pyro model, register it there with ``pyro.module("flow", flow)``
+    or make it an attribute of a ``PyroModule``.
 
     Args:
-        bijection: from base to data.
-        event_shape: the shape of one event; needed only where the bijection does not know it.
-        base: a module (or function) without arguments that returns the base distribution, such as a :class:`Base`;
-            by default a standard normal.
+        bijection: the map f from base to data.
+        event_shape: the shape of one event; needed only if the bijection does not know it.
+        base: a module or function without arguments that returns the base distribution :math:`p_0`, such as a
+            :class:`Base`; by default a standard normal.
 
     Shapes:
-        ``flow()`` has batch shape ``()``; ``flow(context)`` that of ``context``, ``batch_shape + (context_dim,)``.
+        ``flow()`` has batch shape ``()``; ``flow(context)``, with a context of shape ``batch_shape + (context_dim,)``,
+        has batch shape ``batch_shape``.
 
     Raises:
-        ValueError: an event shape that does not fit the bijection or the base; a context that is missing, unexpected
-            or of the wrong width.
+        TypeError: ``bijection`` is not a :class:`Bijection`.
+        ValueError: The event shape does not fit the bijection or the base. When called: the context is missing, not
+            expected or of the wrong width.
 
     Example:
         >>> from pyro_realnvp import real_nvp
@@ -129,7 +132,7 @@ class Flow(nn.Module):
     """
 
     is_discrete = False
-    """Whether its events are integer levels, which :func:`fit` then asks for."""
+    """Whether the events are integer levels. If so, :func:`fit` accepts only integers."""
 
     def __init__(
         self,
@@ -146,13 +149,13 @@ class Flow(nn.Module):
         if event_shape is None:
             event_shape = bijection.inv.event_shape
         if None in event_shape:
-            raise ValueError("the bijection does not know its event shape: pass event_shape=")
+            raise ValueError("the bijection does not know the size of its events: pass event_shape=")
         self.bijection = bijection
         self.event_shape = torch.Size(event_shape)
-        extra_dims = len(self.event_shape) - bijection.codomain.event_dim  # axes on which the bijection acts one by one
+        extra_dims = len(self.event_shape) - bijection.codomain.event_dim  # leading axes that f treats as a batch
         if extra_dims < 0:
             raise ValueError(
-                f"expected an event shape of the bijection's {bijection.event_dim} axes; got {event_shape}"
+                f"expected an event shape with at least the bijection's {bijection.event_dim} axes; got {event_shape}"
             )
         base_shape = bijection.inverse_shape(self.event_shape)
         base_shape = base_shape[len(base_shape) - bijection.domain.event_dim - extra_dims :]
@@ -166,7 +169,7 @@ class Flow(nn.Module):
             )
 
     def compile(self, **options) -> None:
-        """Compiles the bijection, both ways: see :meth:`Bijection.compile`."""
+        """Compiles both directions of the bijection: see :meth:`Bijection.compile`."""
         self.bijection.compile(**options)
 
     def __getstate__(self) -> dict:
@@ -174,12 +177,13 @@ class Flow(nn.Module):
         return vars(self).copy()
 
     def forward(self, context: Tensor | None = None, *, temperature: float = 1.0) -> FlowDistribution:
-        """The distribution, at this context.
+        """Returns the distribution, given the context.
 
         Args:
-            context: ``batch_shape + (context_dim,)``, for a conditional flow.
-            temperature: scales the base about its mean: samples below 1 are closer to the modes. Samples and
-                ``log_prob`` both are those of the scaled base.
+            context: the context of a conditional flow, ``batch_shape + (context_dim,)``.
+            temperature: the factor by which the base is scaled about its mean. Below 1, samples lie closer to the
+                modes.
+                Both samples and ``log_prob`` are those of the scaled base.
         """
         check_context(self.bijection, context)
         base = self.base()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ready-made flows, from base to data."""
+"""Ready-made bijections from base to data."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -30,36 +30,37 @@ def real_nvp(
     mask_cycle: Sequence[Mask] | None = None,
     between: Callable[[int], Transform] | None = None,
 ) -> Compose:
-    r"""A RealNVP flow, base to data: :math:`y = (f_n \circ \dots \circ f_1)(x)`, each :math:`f_i` an affine coupling
-    (Dinh et al. 2017, eqs. 4-8). Identity at birth.
+    r"""A RealNVP flow from base to data: :math:`y = (f_n \circ \dots \circ f_1)(x)`, where each :math:`f_i` is an
+    affine coupling (Dinh et al. 2017, eqs. 4-8). A new flow is the identity.
 
-    Goes into :class:`~pyro.distributions.TransformedDistribution`, :class:`Flow` and, as it stands, into
-    ``AutoNormalizingFlow(model, real_nvp)``.
+    The result goes into a :class:`Flow` or a :class:`~pyro.distributions.TransformedDistribution`. The function itself
+    can be passed to Pyro's guide, as in ``AutoNormalizingFlow(model, real_nvp)``.
 
     Args:
-        input_dim: D, at least 2.
-        num_couplings: how many couplings, at least 2.
-        hidden_dims: widths of the hidden layers of each coupling's :class:`MLP`; by default two of 32 or, if that is
-            more, 2 D. (Many narrow couplings fit better than few wide ones.)
-        context_dim: width of the context for a conditional flow, 0 for none.
-        activation: makes the activation of each MLP.
-        residual: whether the hidden layers add their input.
+        input_dim: the number of entries D, at least 2.
+        num_couplings: the number of couplings, at least 2.
+        hidden_dims: the widths of the hidden layers of each coupling's :class:`MLP`; by default two layers of
+            max(32, 2 D). (Many narrow couplings fit better than few wide ones.)
+        context_dim: the width of the context of a conditional flow, 0 for none.
+        activation: a function without arguments that makes the activation of each MLP.
+        residual: whether each hidden layer after the first adds its input; their widths must then be equal.
         max_log_scale: the bound of each coupling's log-scale; by default the coupling's own.
         coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling` (NICE), :class:`VolumePreservingCoupling` (GIN) or
             a :class:`Coupling` of your own.
-        mask_cycle: the masks, in turn; by default halves and even/odd entries, each with its opposite.
-        between: makes a transform of D entries that stands between the couplings, e.g. ``InvertibleLinear`` or
+        mask_cycle: the masks b, which the couplings use in turn; by default halves and even/odd entries, each followed
+            by its opposite.
+        between: a function of D that makes the transform between each two couplings, e.g. ``InvertibleLinear`` or
             ``lambda dim: ActNorm(dim).inv``.
 
     Raises:
-        ValueError: ``input_dim < 2``, fewer than two couplings, masks of another length, or masks that leave an entry
-            unchanged, an option that the coupling does not have.
+        ValueError: ``input_dim`` or ``num_couplings`` is less than 2, the masks have another length or leave an entry
+            unchanged, or the coupling does not have one of the options.
 
     Example:
         >>> import torch
         >>> flow = real_nvp(3, num_couplings=4)
         >>> x = torch.randn(5, 3)
-        >>> torch.equal(flow(x), x)  # identity at birth
+        >>> torch.equal(flow(x), x)  # a new flow is the identity
         True
     """
     input_dim = operator.index(input_dim)
@@ -96,7 +97,14 @@ def real_nvp(
 
 
 def spline_flow(context_dim: int = 0, hidden_dims: Sequence[int] | None = None) -> Compose:
-    """A flow of one entry, where there is nothing to couple: a monotonic spline, the identity at birth."""
+    """A flow of one entry, which has no other entry to be coupled with: a monotonic spline, at first the identity.
+
+    With a context, an affine map that depends on the context, too, follows the spline.
+
+    Args:
+        context_dim: the width of the context, 0 for none.
+        hidden_dims: the widths of the hidden layers that read the context.
+    """
     if not context_dim:
         return Compose([identity_spline()])
     spline = ConditionalSpline(context_dim, hidden_dims or (32, 32))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of flows (``pip install pyro_realnvp[plots]``). Each draws into axes, given or new, and returns them."""
+"""Plots of flows and trainings (``pip install pyro_realnvp[plots]``).
+
+All functions but :func:`plot_layers` draw into the axes that they are given, or into new ones, and return them.
+"""
 
 from collections.abc import Sequence
 
@@ -32,9 +35,10 @@ def plot_density(
 
     Args:
         flow: a :class:`Flow` of two dimensions.
-        x: data, ``(N, 2)``; the grid covers them with a margin, or [-4, 4] without them.
-        context: ``(context_dim,)``, for a conditional flow.
-        max_points: so many of the data are drawn, 0 for none.
+        x: the data, ``(N, 2)``, which the grid covers with a margin. Without data it covers [-4, 4] and a margin.
+        context: the context of a conditional flow, ``(context_dim,)``.
+        max_points: the number of data points to draw, 0 for none.
+        ax: the axes to draw into.
     """
     _check_2d(flow)
     low, high = (
@@ -56,9 +60,11 @@ def plot_density(
 def plot_samples(
     flow: nn.Module, x: Tensor, *, context: Tensor | None = None, axes: Sequence[Axes] | None = None
 ) -> Sequence[Axes]:
-    """The first two columns of the data, beside as many samples, on the same scales.
+    """The first two columns of the data, and beside them those of as many samples, on the same scales.
 
     Args:
+        flow: a :class:`Flow` of two or more dimensions.
+        x: the data, ``(N, D)``.
         context: one context, ``(context_dim,)``, or one for each row, ``(N, context_dim)``.
         axes: two axes to draw into.
     """
@@ -79,7 +85,11 @@ def plot_latent(
     """The first two columns of the data in latent space, with circles around 50, 90 and 99 % of a standard normal.
 
     Args:
+        flow: a :class:`Flow` of two or more dimensions.
+        x: the data, ``(N, D)``.
+        context: one context, ``(context_dim,)``, or one for each row, ``(N, context_dim)``.
         color: a value for each row, e.g. its label.
+        ax: the axes to draw into.
     """
     _check_2d(flow, at_least=True)
     bijection = flow.bijection if context is None else flow.bijection.condition(context)
@@ -95,13 +105,13 @@ def plot_latent(
 
 
 def plot_layers(flow: nn.Module, x: Tensor, *, color: Tensor | None = None, max_panels: int = 8) -> Figure:
-    """The way of the data to latent space, some of the layers on it.
+    """The data on their way to latent space: a new figure with a panel for each of some evenly spaced stages.
 
     Args:
         flow: a :class:`Flow` around a :class:`Compose`, without context.
-        x: data, ``(N, D)``; the first two columns are drawn.
+        x: the data, ``(N, D)``, of which the first two columns are drawn.
         color: a value for each row, e.g. its label.
-        max_panels: at most so many stages, evenly spaced; the first is the data, the last the latent.
+        max_panels: the highest number of panels. The first shows the data, the last the data in latent space.
     """
     _check_2d(flow, at_least=True)
     if not isinstance(flow.bijection, Compose):
@@ -121,7 +131,7 @@ def plot_layers(flow: nn.Module, x: Tensor, *, color: Tensor | None = None, max_
 
 
 def plot_loss(history: History, *, ax: Axes | None = None) -> Axes:
-    """The loss of each step, the held-out loss and the best of it, in nats. Skipped steps are gaps."""
+    """The loss of each step, the validation losses and the best of these, in nats. Skipped steps are gaps."""
     ax = _axes(ax)
     ax.plot(
         range(1, len(history.loss) + 1), history.loss, c=DATA_COLOR, alpha=0.3, linewidth=0.7, label="training batch"
@@ -131,6 +141,7 @@ def plot_loss(history: History, *, ax: Axes | None = None) -> Axes:
     losses = torch.tensor(history.loss + history.validation_loss)
     losses = losses[losses.isfinite()]
     if len(losses):
+        # The highest hundredth of the losses may lie outside, since the first ones are often far above all others.
         low, high = losses.min().item(), losses.quantile(0.99).item()
         ax.set_ylim(low - 0.05 * (high - low + 1e-6), high + 0.05 * (high - low + 1e-6))
     ax.set(title="loss", xlabel="step", ylabel="negative log-likelihood (nats)")
@@ -155,6 +166,7 @@ def _given(context: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _check_2d(flow: nn.Module, *, at_least: bool = False) -> None:
+    """Raises an error unless the events are vectors of length two, or of at least two."""
     shape = tuple(flow.event_shape)
     if len(shape) != 1 or shape[0] < 2 or (shape[0] > 2 and not at_least):
         raise ValueError(

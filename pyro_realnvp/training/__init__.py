@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maximum likelihood: the loop, its batches, its checkpoints."""
+"""Training by maximum likelihood, with the loop, the batches and the checkpoints that it needs."""

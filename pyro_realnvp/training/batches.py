@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches to train on, endless and resumable, and what is held out."""
+"""Batches to train on, which never end and can be resumed, and batches that are held out."""
 
 from collections.abc import Iterable, Iterator
 
@@ -13,7 +13,7 @@ from .rows import Batch, Rows
 
 
 class HeldOut:
-    """Some rows, in the same batches at each pass; each of many processes has its share."""
+    """The held-out rows, in the same batches at each pass. In many processes each reads its own share of them."""
 
     def __init__(self, rows: Rows, indices: Tensor):
         self.rows, self.indices = rows, indices[distributed.rank() :: distributed.count()]
@@ -25,7 +25,10 @@ class HeldOut:
 class Shuffled:
     """An endless iterator over whole batches of rows, in a new order in each epoch.
 
-    Of many processes each gets its share of the same batch.
+    In many processes each batch is the same in all of them, and each process reads its own share of its rows.
+
+    A checkpoint does not hold the order of the rows. It holds the state that the generator had before it drew the
+    order, and how many rows have been used, from which both the order and the later epochs follow.
     """
 
     def __init__(self, rows: Rows, indices: Tensor, batch_size: int, generator: torch.Generator):
@@ -54,7 +57,12 @@ class Shuffled:
 
 
 class Stream:
-    """The batches of a DataLoader, or of another iterable, on the flow's device, again and again."""
+    """The batches of a DataLoader or of another iterable, on the flow's device. ``next`` starts over after the last.
+
+    The position of an iterator cannot be saved. A checkpoint therefore holds the states that all random generators had
+    when the epoch began, and how many of its batches have been used: a resumed run begins that epoch again and passes
+    over these batches. The loader must yield the same batches from the same random states for this to be exact.
+    """
 
     def __init__(self, flow: nn.Module, source: Iterable):
         self.source, self.own = source, next(flow.parameters())
@@ -63,7 +71,7 @@ class Stream:
         self.batches: Iterator | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass."""
+        """Makes one pass over the source."""
         batch = None
         for batch in self.source:
             yield self._batch(batch)
@@ -76,7 +84,9 @@ class Stream:
     def _batch(self, batch) -> Batch:
         x, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
         if len(rest) > 1:
-            raise ValueError(f"expected batches of x or (x, context); got batches of {len(batch)} tensors")
+            raise ValueError(
+                f"expected batches of x or (x, context); got batches of {len(batch)} tensors: drop the others"
+            )
         values = (torch.as_tensor(value) for value in (x, *rest))
         return Batch(*(value.to(self.own.device, non_blocking=True) for value in values))
 
@@ -92,6 +102,7 @@ class Stream:
         return batch
 
     def _begin(self) -> None:
+        """Begins an epoch, and notes the random states that its order follows from."""
         for part in _parts(self.source):
             if isinstance(part, DistributedSampler):
                 part.set_epoch(self.epoch)
@@ -99,6 +110,7 @@ class Stream:
         self.batches, self.position = iter(self), 0
 
     def _generators(self) -> list[torch.Generator]:
+        """The generators that belong to the loader and its samplers, and not to torch as a whole."""
         return [part.generator for part in _parts(self.source) if getattr(part, "generator", None) is not None]
 
     def _random_state(self) -> dict:
@@ -108,10 +120,15 @@ class Stream:
         return {"start": distributed.gather(self.start), "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Begins the epoch again, as it began, and passes over the batches that were used."""
+        """Begins the epoch again from the same random states, and passes over the batches that were used.
+
+        The random states stay where this leaves them; :class:`Checkpoint` then sets those of the interrupted step.
+        """
         if not state["position"]:
             return
         self.epoch = state["epoch"]
+        # Each process has random states of its own. Another number of processes cannot take them over, so it begins
+        # the epoch in whatever order its own states give.
         if len(state["start"]) == distributed.count():
             start = state["start"][distributed.rank()]
             set_random_state(start)
@@ -124,7 +141,7 @@ class Stream:
 
 
 def _parts(source: Iterable) -> list:
-    """A loader and its samplers."""
+    """The parts of a loader that may hold a generator: the loader itself and its samplers, each of them once."""
     batch_sampler = getattr(source, "batch_sampler", None)
     parts = [source, getattr(source, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     return list({id(part): part for part in parts if part is not None}.values())
@@ -133,14 +150,20 @@ def _parts(source: Iterable) -> list:
 def prepare(
     flow: nn.Module, x, context, weights, validation, batch_size: int | None, generator: torch.Generator
 ) -> tuple[Shuffled | Stream, HeldOut | Stream | None, list[Rows]]:
-    """Endless batches, the held-out ones, and all rows that are not streamed."""
+    """Makes batches of the data that :func:`fit` takes.
+
+    Returns:
+        The endless batches to train on; the held-out batches, or ``None``; and all :class:`Rows`, which are the data
+        that are not streamed.
+    """
     held_out, tables = None, []
     if not isinstance(validation, (int, float)):
         held_out, tables = _held_out(flow, validation)
     if not _are_rows(x):
         if context is not None or weights is not None:
             raise ValueError(
-                f"expected a {type(x).__name__} that yields (x, context); got context= or weights= beside it"
+                f"expected a {type(x).__name__} that yields (x, context); got context= or weights= beside it: "
+                "let it yield the context, and pass x as a tensor or an array to use weights"
             )
         return Stream(flow, _sharded(x)), held_out, tables
     rows = Rows(flow, x, context, weights)
@@ -150,26 +173,34 @@ def prepare(
         if not 0 < num_held_out < len(rows) - 1:
             raise ValueError(
                 f"validation={validation} of {len(rows)} rows holds out {num_held_out} and trains on "
-                f"{len(rows) - num_held_out}: expected at least one and two; pass 0 to hold out none"
+                f"{len(rows) - num_held_out}: expected at least one row held out and two to train on. Pass another "
+                "fraction, or 0 to hold out none"
             )
         order = torch.randperm(len(rows), generator=generator)
         held_out, indices = HeldOut(rows, order[:num_held_out]), order[num_held_out:]
         if weights is not None and not (rows.weight(indices) > 0 and rows.weight(held_out.indices) > 0):
-            raise ValueError(f"validation={validation} leaves one of the two parts without weight: pass rows")
+            raise ValueError(
+                f"validation={validation} leaves the held-out rows or those to train on without weight: choose "
+                "the rows to hold out yourself, and pass them as validation="
+            )
     batch_size = min(256, len(indices)) if batch_size is None else batch_size
     if not 0 < batch_size <= len(indices):
         raise ValueError(f"expected a batch_size from 1 to {len(indices)}, the rows to train on; got {batch_size}")
     if batch_size % distributed.count():
-        raise ValueError(f"expected a batch_size that {distributed.count()} processes can share; got {batch_size}")
+        raise ValueError(
+            f"expected a batch_size that {distributed.count()} processes can share; got {batch_size}: pass a multiple"
+        )
     return Shuffled(rows, indices, batch_size, generator), held_out, [rows, *tables]
 
 
 def _are_rows(x) -> bool:
+    """Whether x is read as rows, not as batches. Lists, dicts and strings are, so that :class:`Rows` refuses them."""
     known = isinstance(x, (Tensor, list, tuple, dict, str)) or hasattr(x, "__array__")
     return known or not isinstance(x, Iterable)
 
 
 def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[Rows]]:
+    """Batches of the data that the user passed as ``validation``, and their rows if they are not streamed."""
     if isinstance(validation, tuple):
         rows = Rows(flow, *validation, train=False)
     elif _are_rows(validation):
@@ -180,11 +211,12 @@ def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[Rows]
 
 
 def _sharded(source: Iterable) -> Iterable:
+    """Returns the source. Raises an error if it is a loader that would give the same rows to each of many processes."""
     if isinstance(source, DataLoader) and distributed.are_many():
         is_sharded = any(isinstance(part, DistributedSampler) for part in _parts(source))
         if not isinstance(source.dataset, IterableDataset) and not is_sharded:
             raise ValueError(
-                f"expected a DataLoader with a share of the rows for each of the {distributed.count()} processes: pass "
-                "it sampler=torch.utils.data.DistributedSampler(dataset)"
+                f"expected a DataLoader that gives each of the {distributed.count()} processes its share of the rows: "
+                "pass it sampler=torch.utils.data.DistributedSampler(dataset)"
             )
     return source

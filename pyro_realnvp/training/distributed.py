@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes that train together, by torch.distributed. In a process of its own all of this does nothing."""
+"""What the processes that train together tell each other (torch.distributed). A single process communicates nothing."""
 
 from typing import TypeVar
 
@@ -10,32 +10,35 @@ Value = TypeVar("Value")
 
 
 def are_many() -> bool:
+    """Whether more than one process trains."""
     return count() > 1
 
 
 def count() -> int:
+    """The number of processes, 1 where :mod:`torch.distributed` is not initialized."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
 
 
 def rank() -> int:
+    """The number of this process; the first is 0."""
     return torch.distributed.get_rank() if are_many() else 0
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """The sum of the value over all processes, which replaces it in place."""
     if are_many():
         torch.distributed.all_reduce(value)
     return value
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean over all processes, in place."""
+    """The mean of the value over all processes, which replaces it in place."""
     return total(value).div_(count()) if are_many() else value
 
 
 def agree(value: Value) -> Value:
-    """The value of the first process."""
+    """The value that the first process has; the values of the others are ignored."""
     values = [value]
     if are_many():
         torch.distributed.broadcast_object_list(values)
@@ -43,7 +46,7 @@ def agree(value: Value) -> Value:
 
 
 def gather(value: Value) -> list[Value]:
-    """The values of all processes, in order."""
+    """The values of all processes, in the order of their ranks."""
     values = [value] * count()
     if are_many():
         torch.distributed.all_gather_object(values, value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened in a training."""
+"""The record of a training."""
 
 import math
 from collections.abc import Callable
@@ -8,28 +8,34 @@ from dataclasses import dataclass, field
 
 @dataclass
 class History:
-    """What happened in :func:`fit` and :func:`fit_guide`. Losses are in nats: mean negative log-likelihoods of a flow,
-    negative ELBOs of a guide."""
+    """The record of a training by :func:`fit` or :func:`fit_guide`.
+
+    Losses are in nats. They are mean negative log-likelihoods for a flow, and negative ELBOs for a guide.
+    """
 
     loss: list[float] = field(default_factory=list)
-    """Of each step; nan where the step was skipped."""
+    """The training loss of each step; nan where the step was skipped."""
     validation_steps: list[int] = field(default_factory=list)
     """The steps after which the averaged weights were validated."""
     validation_loss: list[float] = field(default_factory=list)
-    """Their loss at each of these steps."""
+    """The loss of the averaged weights at each of these steps."""
     best_step: int = 0
-    """The step whose weights are there now."""
+    """The step of the best weights, which are those that the module has after training."""
     best_loss: float = math.inf
-    """Their loss: on the held-out rows, of a guide over many particles, or the mean since the validation before."""
+    """The lowest validation loss: that of the held-out rows or, for a guide, the negative ELBO of many particles.
+    Without either, it is the mean training loss since the previous validation. Among weights whose losses differ by
+    noise alone the latest are kept, so the loss of the best weights may be higher than this by as much as the noise."""
     skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite; they changed no weight."""
+    """The number of steps whose loss or gradient was not finite; they changed no weight."""
     restores: int = 0
-    """How often the best weights were restored after repeated skips, with half the learning rate."""
+    """How often the best weights were restored, after ten skipped steps in a row, and the learning rate was halved."""
     stopped: str = "finished"
-    """``"finished"``, ``"early"`` (the validation loss stopped falling), ``"callback"`` (one of them said so),
-    ``"interrupted"`` (Ctrl-C), ``"diverged"``."""
+    """Why the training ended: ``"finished"`` (all steps were taken), ``"early"`` (the validation loss stopped falling),
+    ``"callback"`` (a callback returned True), ``"interrupted"`` (Ctrl-C), or ``"diverged"`` (steps were still skipped
+    after three restores)."""
     seconds: float = 0.0
-    """Wall-clock time; after a resumed run that of all its parts."""
+    """The wall-clock time; for a resumed training, that of all its runs together."""
 
 
 Callback = Callable[[History], object]
+"""A function of the history so far, called after each step. If it returns True, the training stops."""

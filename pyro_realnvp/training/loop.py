@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop of training: Adam, averaged weights, the best of them kept, bad steps survived, stopped and resumed."""
+"""The training loop: Adam with averaged weights. It keeps the best weights, skips bad steps, and can be resumed."""
 
 import math
 import time
@@ -25,17 +25,23 @@ _MAX_RESTORES = 3
 
 
 class Training:
-    """Minimizes a loss, and leaves the best of the averaged weights behind."""
+    """Minimizes a loss, and leaves the modules with the best of the averaged weights.
+
+    Args:
+        modules: the modules to train.
+        parameters: the parameters to train, in these modules or outside of them.
+        options: the options of the loop.
+    """
 
     def __init__(self, modules: Sequence[nn.Module], parameters: list[Tensor], options: LoopOptions):
         self.modules, self.parameters, self.options = modules, parameters, options
         self.optimizer = torch.optim.AdamW(parameters, options.lr, weight_decay=options.weight_decay, fused=True)
-        total_steps = options.num_steps + 1
+        total_steps = options.num_steps + 1  # the schedule moves on after the last step, too
         self.schedule = OneCycleLR(
             self.optimizer,
             options.lr,
             total_steps=total_steps,
-            # A rise of one step or less is none: OneCycleLR would divide by its length minus one.
+            # OneCycleLR divides by the length of the rise minus one, so a rise of one step or less is left out.
             pct_start=options.warmup if options.warmup * total_steps > 1 else 0.0,
             cycle_momentum=False,
         )
@@ -47,7 +53,7 @@ class Training:
 
     @property
     def step(self) -> int:
-        """How many steps were taken."""
+        """The number of steps so far, including the skipped ones."""
         return len(self.history.loss)
 
     def run(
@@ -61,16 +67,26 @@ class Training:
         callbacks: Sequence[Callback] = (),
         checkpoint: Checkpoint | None = None,
     ) -> History:
-        """Takes the steps that are left.
+        """Takes the remaining steps: all of them, or those after a checkpoint.
+
+        However the loop ends, the modules leave it with the best weights seen and in the mode (train or eval) in which
+        they came. Ctrl-C ends it like any other stop, but an error in the loss, in a callback or in a validation is
+        raised. In many processes Ctrl-C is raised, too, since the other processes do not receive it.
 
         Args:
-            loss: a new draw at each call.
-            validation: the loss of the weights that are there; by default the mean of the recent losses.
-            remedy: where steps were skipped.
-            validate_start: training must not end below what is there already.
+            loss: returns the loss of a new batch or draw at each call.
+            validation: returns the loss of the weights that the modules have at the call; ``None`` to validate by the
+                mean of the recent training losses.
+            progress: whether to show a progress bar.
+            remedy: the advice that ends the warning about skipped steps.
+            validate_start: whether to validate the weights before the first step, too, so that the training cannot
+                end with worse ones.
+            callbacks: functions of the history, called after each step; one that returns True stops the training.
+            checkpoint: the file to write, connected to this training.
         """
         history, options = self.history, self.options
         started = time.perf_counter() - history.seconds
+        # The answers of the callbacks are gathered at each step, which every process must join if one has a callback.
         asked = any(distributed.gather(bool(callbacks)))
         were_training = [module.training for module in self.modules]
         _train(self.modules, True)
@@ -80,7 +96,7 @@ class Training:
             if self.step == 0 and validate_start:
                 self._validate(validation)
             if self.step == 0 and checkpoint:
-                checkpoint.write()  # so that a path that cannot be written is found out at once
+                checkpoint.write()  # fails now, not hours later, if the path cannot be written
             while not self.is_done:
                 self._take_step(loss)
                 history.seconds = time.perf_counter() - started
@@ -100,14 +116,21 @@ class Training:
                 if checkpoint and (self.step % checkpoint.every == 0 or self.is_done):
                     checkpoint.write()
         except KeyboardInterrupt:
-            if distributed.are_many():  # the others do not know of it
+            # The other processes go on and wait for this one, so only an error makes their launcher end them. A
+            # process that trains alone returns normally. No checkpoint is written here: the last one was written
+            # between two steps, so a resumed run repeats the uninterrupted one bit for bit.
+            if distributed.are_many():
                 raise
             history.stopped = "interrupted"
         finally:
+            # After Ctrl-C or an error, the steps since the last validation may have found better weights, so the
+            # current ones are validated first; after a regular end they have been, and nothing happens. In many
+            # processes this is left out, since a validation waits for all processes, and not all may come here.
             try:
                 if self.step and not distributed.are_many():
-                    self._validate(validation)  # what was interrupted
+                    self._validate(validation)
             finally:
+                # This inner block runs even if that validation fails or is itself interrupted.
                 self.best.restore()
                 for module, was_training in zip(self.modules, were_training):
                     module.train(was_training)
@@ -128,6 +151,7 @@ class Training:
         self.optimizer.zero_grad()
         step_loss.backward()
         total_norm = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]).norm()
+        # The mean is finite only if it is so in all processes, so all of them skip the same steps.
         value, norm = distributed.mean(torch.stack([step_loss.detach(), total_norm])).tolist()
         if math.isfinite(value + norm):
             if norm > self.options.max_grad_norm:
@@ -140,7 +164,8 @@ class Training:
             self.skips_in_a_row += 1
         self.schedule.step()
         history.loss.append(value)
-        if self.step - history.skipped_steps == 1:  # the first, which initialises layers
+        if self.step - history.skipped_steps == 1:
+            # The first step that counts may initialize layers from data, so the average starts after it.
             self.average.restart()
         elif self.step % self.average.every == 0:
             self.average.update()
@@ -149,18 +174,20 @@ class Training:
             self._go_back()
 
     def _go_back(self) -> None:
-        """Restores the best weights, to go on with half the learning rate."""
+        """Restores the best weights and halves the learning rate, or stops if that has not helped before."""
         if self.history.restores == _MAX_RESTORES:
             return self._stop("diverged")
         self.history.restores += 1
         self.skips_in_a_row = 0
         self.best.restore()
         self.average.restart()
-        self.optimizer.state.clear()
+        self.optimizer.state.clear()  # Adam's moments belong to the weights that were given up
+        # OneCycleLR reads these three entries at each step, so they halve the rest of the schedule.
         for group in self.optimizer.param_groups:
             group.update({key: group[key] / 2 for key in ("initial_lr", "max_lr", "min_lr")})
 
     def _validate(self, validation: Callable[[], float] | None) -> None:
+        """Validates the averaged weights, once per step, and saves them if they are the best so far."""
         history = self.history
         if history.validation_steps[-1:] == [self.step]:
             return
@@ -173,16 +200,19 @@ class Training:
                 _train(self.modules, True)
             history.validation_steps.append(self.step)
             history.validation_loss.append(value)
-            tolerance = self.options.tolerance if validation else error  # later weights must not lose by noise alone
+            # Later weights must not lose by noise alone. They do lose if every recent training loss was not finite.
+            tolerance = self.options.tolerance if validation else error
             if (math.isfinite(recent) or self.step == 0) and value < history.best_loss + tolerance:
                 history.best_loss, history.best_step = min(value, history.best_loss), self.step
-                self.best.save()
+                self.best.save()  # the average is in place, and so it is what is saved
 
     def _stop(self, reason: str) -> None:
+        """Ends the loop for this reason, unless it has ended already."""
         if not self.is_done:
             self.is_done, self.history.stopped = True, reason
 
     def state_dict(self) -> dict:
+        """The state of the training without the current weights, which a checkpoint takes from the module."""
         return {
             "best": self.best.state_dict(),
             "average": self.average.model.state_dict(),
@@ -203,15 +233,17 @@ class Training:
 
 
 def _summary(losses: list[float]) -> tuple[float, float]:
-    """The mean of those that are finite, or nan, and its standard error."""
+    """The mean of the finite losses and its standard error; both are nan if no loss is finite."""
     finite = [loss for loss in losses if math.isfinite(loss)] or [math.nan]
     return float(np.mean(finite)), float(np.std(finite)) / math.sqrt(len(finite))
 
 
 def _is_true(answer: object) -> bool:
+    """Whether a callback has returned True, of Python or of numpy; no other value stops a training."""
     return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
 def _train(modules: Sequence[nn.Module], mode: bool) -> None:
+    """Puts all modules into train mode, or into eval mode."""
     for module in modules:
         module.train(mode)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maximum likelihood."""
+"""Fitting flows by maximum likelihood."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,62 +52,70 @@ def fit(
 ) -> History:
     r"""Fits a flow by maximum likelihood, :math:`\max_\theta \frac1N \sum_i w_i \log p_\theta(x_i \mid c_i)`.
 
-    Adam (fused) on mini-batches; the learning rate warms up and then falls to zero along a cosine. The weights that are
-    validated, and that stay, are an exponential moving average of Adam's. A part of the rows is held out: training
-    stops when their loss stops falling, and the best weights seen are restored. Ctrl-C stops too, with the best so far.
-    A step whose loss or gradient is not finite is skipped and counted; after ten in a row the best weights are restored
-    and the learning rate is halved. Weights are never re-initialised: calling ``fit`` again goes on from there.
+    Adam (fused) takes steps on mini-batches, while the learning rate warms up and then falls to zero along a cosine.
+    The weights that are validated and returned are an exponential moving average of Adam's. A part of the rows is held
+    out: training stops when their loss has stopped falling, and the best weights seen are restored. Ctrl-C also stops
+    the training, and the flow keeps the best weights so far. A step whose loss or gradient is not finite is skipped and
+    counted; after ten in a row the best weights are restored and the learning rate is halved, three times at most.
+    Weights are never re-initialized: a second call of ``fit`` starts from those that the first has found.
 
-    Where :mod:`torch.distributed` is initialised, as under ``torchrun``, all processes train one flow together
+    Where :mod:`torch.distributed` is initialized, as under ``torchrun``, all processes train one flow together
     (:class:`~torch.nn.parallel.DistributedDataParallel`); each gets its share of every batch and of the held-out rows.
+    Ctrl-C then raises ``KeyboardInterrupt``.
 
     Args:
         flow: a :class:`Flow`, or any module that returns a distribution when called (with the context, if there is
             one).
-        x: rows, ``(N,) + event_shape``. A tensor must have the flow's dtype; a floating-point array is converted to it,
-            batch by batch, and a memory-mapped one (``np.load(path, mmap_mode="r")``) stays on the disk. Or a
-            ``DataLoader``, or another iterable, of batches ``x`` or ``(x, context)``.
-        context: ``(N, context_dim)``, for a conditional flow.
-        weights: w of each row, ``(N,)``, not negative; scaled to a mean of 1.
-        num_steps: optimizer steps; the schedule spans all of them.
-        batch_size: rows in a step, of all processes together; by default 256 or, if there are fewer, all.
+        x: the rows, ``(N,) + event_shape``. A tensor must have the flow's dtype; a floating-point array is converted to
+            it batch by batch, and a memory-mapped one (``np.load(path, mmap_mode="r")``) stays on the disk. In place of
+            rows, x may be a ``DataLoader`` or another iterable of batches ``x`` or ``(x, context)``.
+        context: the context of each row, ``(N, context_dim)``, for a conditional flow.
+        weights: the weight :math:`w_i` of each row, ``(N,)``, not negative. They are scaled to a mean of 1.
+        num_steps: the number of optimizer steps; the schedule of the learning rate spans all of them.
+        batch_size: the number of rows in a step, in all processes together; by default 256, or all rows if there are
+            fewer.
         lr: the highest learning rate.
-        warmup: the fraction of the steps in which it rises.
-        weight_decay: decoupled weight decay (AdamW).
-        max_grad_norm: gradients are scaled down to this norm.
+        warmup: the fraction of the steps in which the learning rate rises.
+        weight_decay: the decoupled weight decay (AdamW).
+        max_grad_norm: the norm to which larger gradients are scaled down.
         averaging: the time constant of the moving average of the weights (``torch.optim.swa_utils.AveragedModel``), as
             a fraction of the steps; 0 for none.
-        validation: the fraction of the rows that is held out (0 for none), or rows of their own: ``x``,
-            ``(x, context)`` or a ``DataLoader``. Of a ``DataLoader`` of training rows nothing is held out.
-        validate_every: steps between validations.
-        patience: stop after so many steps without a better validation loss; ``None`` for never.
-        seed: of the batches and the held-out rows; by default drawn from torch's generator.
-        checkpoint: a file to which the whole state of the training is written, and from which the same call goes on if
-            it was stopped: on a CPU to the same result, bit for bit, as if it had not been. If the training in the file
-            is complete, its result is loaded.
-        checkpoint_every: steps between checkpoints.
-        augment: changes each batch x that is trained on, such as by noise or by flipping images.
-        callbacks: functions that are called after each step with the :class:`History` so far, whose
-            ``len(history.loss)`` is the step; one that returns True stops the training.
-        compile: whether to compile the loss with :func:`torch.compile`, or its mode, such as ``"reduce-overhead"`` for
-            CUDA graphs. Batches shorter than the others run uncompiled, and all do where there is no compiler.
-        device: where to train: the flow is moved there, and each batch is sent there, from pinned memory to a GPU.
-        autocast: a dtype, such as ``torch.bfloat16``, for the products in the networks. Validation does without.
-        tf32: whether float32 products may use TensorFloat-32, on GPUs that have it.
+        validation: the fraction of the rows to hold out (0 for none), or separate rows to validate on: ``x``,
+            ``(x, context)`` or a ``DataLoader``. If x is a ``DataLoader``, no fraction of it is held out.
+        validate_every: the number of steps between validations.
+        patience: the number of steps without a better validation loss after which training stops; ``None`` to take all
+            steps. Without held-out rows it has no effect.
+        seed: the seed that decides which rows are held out and the order of the batches; by default drawn from torch's
+            generator.
+        checkpoint: a file for the whole state of the training, written at the start, at regular intervals and at the
+            end. If the training was stopped, the same call resumes it from the file; on a CPU the result is, bit for
+            bit, that of an uninterrupted training. If the training in the file is complete, its result is loaded.
+        checkpoint_every: the number of steps between checkpoints.
+        augment: a function that takes the x of a batch and returns the x to train on, for example with noise or with
+            flipped images. Held-out rows are not augmented.
+        callbacks: functions that are called after each step with the :class:`History` so far, in which
+            ``len(history.loss)`` is the number of the step. If one returns True, training stops.
+        compile: whether to compile the loss with :func:`torch.compile`, or the mode to compile it in, such as
+            ``"reduce-overhead"`` for CUDA graphs. Batches shorter than those before run uncompiled. If compilation
+            fails, for example for lack of a compiler, a warning says so and all batches run uncompiled.
+        device: the device to train on. The flow is moved there, and each batch is sent there; batches of rows go to a
+            GPU from pinned memory.
+        autocast: a dtype, such as ``torch.bfloat16``, for the products in the networks. It is not used in validation.
+        tf32: whether float32 products may use TensorFloat-32 on GPUs that have it.
         progress: whether to show a progress bar with the mean of the last 50 losses and the best.
 
     Returns:
         The :class:`History`; ``plots.plot_loss`` draws it.
 
     Raises:
-        TypeError: data that are not floating-point, or of another dtype than the flow; a bijection instead of a flow.
-        ValueError: another event shape than the flow's, nan or inf, a constant column, fewer than two rows, fewer rows
-            than a batch, another number of contexts than rows, a validation part that leaves nothing, a checkpoint of
-            another training or architecture.
-        RuntimeError: a checkpoint that is damaged, or that cannot be written; the flow has the best weights so far.
+        TypeError: The data are not floating-point or not of the flow's dtype, or ``flow`` is a bijection.
+        ValueError: The rows do not have the flow's event shape, contain nan or inf, have a constant column, or are
+            fewer than two or than a batch; contexts or weights do not match the rows; no row is left to train on or to
+            hold out; an option is out of range; or the checkpoint belongs to another training or architecture.
+        RuntimeError: The checkpoint is damaged, or it cannot be written; the flow has the best weights so far.
 
     Warns:
-        RuntimeWarning: steps were skipped; the loss could not be compiled.
+        RuntimeWarning: Steps were skipped, or the loss could not be compiled.
 
     Example:
         >>> from pyro_realnvp import Flow, real_nvp
@@ -144,7 +152,7 @@ def fit(
     )
     objective = Objective(flow, compile, autocast)
     if distributed.are_many():
-        objective = DistributedDataParallel(objective)  # which gives all of them the weights of the first
+        objective = DistributedDataParallel(objective)  # gives all processes the weights of the first
     training = Training([flow], parameters, options)
     if file:
         split = validation if isinstance(validation, (int, float)) else None
@@ -178,17 +186,21 @@ def fit(
 
 
 def _initialize(flow: nn.Module, batch: Batch) -> None:
-    """The pass that initializes layers from data, apart from the step: it cannot be compiled, and it needs all rows."""
+    """Initializes the layers that need data, in a pass of its own and not in the step, which may be compiled.
+
+    In many processes each gathers the rows of all, so that all initialize their layers with the same values.
+    """
     if distributed.are_many():
         parts = distributed.gather([None if values is None else values.cpu() for values in batch])
         batch = Batch(*(None if v[0] is None else torch.cat(v).to(batch.x.device) for v in zip(*parts)))
-    with saved_tensors_hooks(lambda _: None, lambda _: None):  # nobody goes back
+    # No backward pass follows, so nothing is kept for it. Under no_grad the layers would not initialize.
+    with saved_tensors_hooks(lambda _: None, lambda _: None):
         log_likelihood(flow, batch)
 
 
 @torch.no_grad()
 def _mean_loss(flow: nn.Module, batches: Iterable[Batch]) -> float:
-    """Of the held-out rows of all processes."""
+    """The weighted mean negative log-likelihood of the held-out rows, over all processes."""
     total = torch.zeros(2, dtype=torch.float64, device=next(flow.parameters()).device)
     for batch in batches:
         weights = torch.ones(len(batch.x)).to(total) if batch.weights is None else batch.weights
@@ -199,7 +211,8 @@ def _mean_loss(flow: nn.Module, batches: Iterable[Batch]) -> float:
 
 @contextmanager
 def _tensor_float(allowed: bool) -> Iterator[None]:
-    if not allowed:  # what the user has set stays
+    """Allows TensorFloat-32 within a ``with`` block, if it is to be allowed."""
+    if not allowed:  # the user's own setting stays
         yield
         return
     before = torch.get_float32_matmul_precision()

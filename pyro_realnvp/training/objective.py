@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of a batch, compiled if wanted."""
+"""The loss of a batch, compiled if the user asks for it."""
 
 import warnings
 from contextlib import nullcontext
@@ -17,12 +17,12 @@ def log_likelihood(flow: nn.Module, batch: Batch) -> Tensor:
 
 
 class Objective(nn.Module):
-    """The mean negative log-likelihood of a batch.
+    """The weighted mean negative log-likelihood of a batch: a module, so that ``DistributedDataParallel`` can wrap it.
 
     Args:
-        flow: what is trained.
-        compile: whether to compile it, or how (the mode of :func:`torch.compile`).
-        autocast: the dtype of the networks' products, if not that of the parameters.
+        flow: the flow that is trained.
+        compile: whether to compile the loss, or the mode of :func:`torch.compile`.
+        autocast: a dtype for the products in the networks; ``None`` for that of the parameters.
     """
 
     def __init__(self, flow: nn.Module, compile: bool | str, autocast: torch.dtype | None):
@@ -32,17 +32,26 @@ class Objective(nn.Module):
         self._compiled = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=mode) if compile else None
 
     def forward(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        if self._compiled is None or len(x) < self.num_rows:  # for a short last batch nothing is compiled anew
+        # A compiled graph holds for one batch size. A batch shorter than those before is probably the last of an epoch;
+        # a graph of its own would cost more than it saves, so it runs uncompiled.
+        if self._compiled is None or len(x) < self.num_rows:
             return self._loss(x, context, weights)
         self.num_rows = len(x)
         if x.is_cuda:
+            # CUDA graphs write each result into the same memory. This call says that the previous one is used up.
             torch.compiler.cudagraph_mark_step_begin()
+        # The compiler runs at the first call, so this is where it fails if it cannot handle the flow or is missing. The
+        # loss is the same without it, only slower, so training goes on with a warning.
         try:
             return self._compiled(x, context, weights)
         except torch._dynamo.exc.TorchDynamoException as error:
             self._compiled = None
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"training goes on uncompiled: {reason}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"the loss could not be compiled, so training goes on uncompiled: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return self._loss(x, context, weights)
 
     def _loss(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> Tensor:

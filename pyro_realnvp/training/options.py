@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How the loop of training goes. The docstring of :func:`fit` explains each option."""
+    """The options of the training loop, checked. The docstring of :func:`fit` explains them."""
 
     num_steps: int
     lr: float
@@ -19,7 +19,7 @@ class LoopOptions:
     patience: int | None
     weight_decay: float = 0.0
     tolerance: float = 0.0
-    """Later weights are preferred to earlier ones whose loss is better by less than this."""
+    """Later weights replace the best ones unless their validation loss is higher by this much (in nats) or more."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -30,5 +30,5 @@ class LoopOptions:
 
 
 def plain(value):
-    """A scalar of numpy's as one of Python's, which a checkpoint can hold."""
+    """Converts a numpy scalar to a Python scalar, which a checkpoint can hold; returns other values unchanged."""
     return value.item() if isinstance(value, np.generic) else value

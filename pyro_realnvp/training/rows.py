@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of data: checked once, read when they are needed."""
+"""Rows of data, which are checked once and read batch by batch."""
 
 import math
 import zlib
@@ -16,15 +16,20 @@ _MARKED_ROWS = 1000
 
 
 class Batch(NamedTuple):
+    """Some rows of x, with their contexts and weights if there are any."""
+
     x: Tensor
     context: Tensor | None = None
     weights: Tensor | None = None
 
 
 class Rows:
-    """Checked rows of x, with their contexts and weights. Memory-mapped arrays stay where they are.
+    """Checked rows of x, with their contexts and weights. Memory-mapped arrays stay on the disk.
 
-    Rows to train on must be two or more, and must differ in each column.
+    Args:
+        flow: the flow whose event shape, dtype and device the rows must fit.
+        x, context, weights: tensors or arrays with one entry for each row, as in :func:`fit`.
+        train: whether the rows are to be trained on, for which at least two are needed, with no constant column.
     """
 
     def __init__(self, flow: nn.Module, x, context=None, weights=None, *, train: bool = True):
@@ -48,7 +53,7 @@ class Rows:
         return len(self.columns.x)
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        """These rows, in the flow's dtype and on its device."""
+        """The rows with these numbers, in the flow's dtype and on its device."""
         return Batch(*(None if values is None else self._tensor(values, rows) for values in self.columns))
 
     def _tensor(self, values: Tensor | np.ndarray, rows: Tensor) -> Tensor:
@@ -63,7 +68,7 @@ class Rows:
         return values.to(self.own.device, non_blocking=True)
 
     def _check_values(self, train: bool) -> None:
-        """Reads all rows once."""
+        """Reads all rows once, and raises an error for nan, inf and constant columns."""
         first = self[torch.arange(1)].x.flatten()
         bad, varies = dict.fromkeys(Batch._fields, 0), torch.zeros_like(first, dtype=torch.bool)
         for batch in self.in_order(torch.arange(len(self))):
@@ -74,35 +79,37 @@ class Rows:
         for name, number in bad.items():
             if number:
                 raise ValueError(
-                    f"expected finite values; got nan or inf in {number} of {len(self)} rows of {name}: drop them"
+                    f"expected finite values; got nan or inf in {number} of {len(self)} rows of {name}: drop these rows"
                 )
         constant = (~varies).nonzero().squeeze(-1).tolist()
-        if constant and train and first.is_floating_point():  # levels may be constant: dequantisation adds noise
+        # Integer levels may be constant, since dequantization adds noise to them.
+        if constant and train and first.is_floating_point():
             raise ValueError(f"columns {constant[:10]} of x are constant and have no density: drop them or add noise")
 
     def in_order(self, rows: Tensor) -> Iterator[Batch]:
-        """The rows in large batches, for one pass."""
-        if not len(rows):  # the share of one of many processes
+        """Yields the rows with these numbers once, in large batches."""
+        if not len(rows):  # this process may have no share of the held-out rows
             return
         entries = max(math.prod(self.columns.x.shape[1:]), 1)
         for some in rows.split(min(_ROWS_PER_PASS, max(1, _ENTRIES_PER_PASS // entries))):
             yield self[some]
 
     def weight(self, rows: Tensor) -> float:
+        """The sum of the weights of the rows with these numbers."""
         return float(self.columns.weights[rows].sum())
 
     def mark(self) -> int:
-        """A number that tells these rows from others: a checksum of some of them."""
+        """A checksum of about a thousand of the rows, by which a checkpoint recognizes its data."""
         some = self[torch.arange(0, len(self), math.ceil(len(self) / _MARKED_ROWS))]
         parts = [values.cpu().double().numpy().tobytes() for values in some if values is not None]
         return zlib.crc32(str(len(self)).encode() + b"".join(parts))
 
 
 def _checked(own: Tensor, values, name: str, *, integer: bool = False) -> Tensor | np.ndarray:
-    """Values that can be read row by row: a tensor, or a memory-mapped array as it is."""
+    """Checks the type, dtype and device of values, and returns them as a tensor or as a memory-mapped array."""
     is_array = isinstance(values, np.ndarray)
     if isinstance(values, np.ma.MaskedArray) or (not is_array and not isinstance(values, Tensor)):
-        kind = "integer levels" if integer else "a tensor or a floating-point array"
+        kind = "a tensor or an array of integer levels" if integer else "a tensor or a floating-point array"
         raise TypeError(f"expected {name} to be {kind}; got {type(values).__name__}")
     is_floating = np.issubdtype(values.dtype, np.floating) if is_array else values.is_floating_point()
     if integer and (is_floating or (is_array and not np.issubdtype(values.dtype, np.integer))):
@@ -113,10 +120,11 @@ def _checked(own: Tensor, values, name: str, *, integer: bool = False) -> Tensor
             raise TypeError(f"expected {name} to be a tensor or a floating-point array; got an array of {values.dtype}")
         if isinstance(values, np.memmap):
             return values
+        # from_numpy shares memory, and takes only contiguous, writable arrays; np.require copies any other.
         return torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if name == "context" and not is_floating:
         raise TypeError(
-            f"expected context of the flow's {own.dtype}; got {values.dtype}: labels enter as "
+            f"expected context of the flow's {own.dtype}; got {values.dtype}: encode labels by "
             "torch.nn.functional.one_hot(labels, num_classes).float()"
         )
     if not integer and values.dtype != own.dtype:
@@ -127,10 +135,10 @@ def _checked(own: Tensor, values, name: str, *, integer: bool = False) -> Tensor
 
 
 def _normalized(weights, num_rows: int) -> Tensor:
-    """Weights with a mean of 1."""
+    """Checks the weights, and scales them to a mean of 1."""
     weights = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights).double()
     if weights.shape != (num_rows,):
         raise ValueError(f"expected a weight for each of the {num_rows} rows of x; got shape {tuple(weights.shape)}")
     if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
-        raise ValueError("expected finite weights >= 0, of which some are positive")
+        raise ValueError("expected finite weights >= 0: check that none is negative or nan, and that some are positive")
     return weights / weights.mean()

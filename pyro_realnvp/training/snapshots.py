@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of weights: the best so far, and the average."""
+"""Copies of weights: the best ones so far, and their moving average."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class State:
-    """A copy of the state of modules and of parameters that may belong to none."""
+    """A copy of the state of some modules, and of the parameters that belong to none of them (as in a param store)."""
 
     def __init__(self, modules: Sequence[nn.Module], parameters: list[Tensor]):
         owned = {id(p) for module in modules for p in module.parameters()}
@@ -19,6 +19,7 @@ class State:
         self.save()
 
     def save(self) -> None:
+        """Copies the current state."""
         self.states = [module.state_dict() for module in self.modules]
         for state in self.states:
             for name, value in state.items():
@@ -27,6 +28,7 @@ class State:
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Writes the copy back into the modules and parameters."""
         for module, state in zip(self.modules, self.states):
             module.load_state_dict(state)
         for p, value in zip(self.parameters, self.values):
@@ -43,21 +45,24 @@ class Average:
     """An exponential moving average of parameters, with a time constant in steps."""
 
     def __init__(self, parameters: list[Tensor], time_constant: float):
-        self.every = int(min(25, max(1, time_constant / 4)))  # steps between updates, since each reads every weight
+        # An update reads every weight, so it is made only every few steps, which hardly changes the average.
+        self.every = int(min(25, max(1, time_constant / 4)))
         self.parameters = nn.ParameterList(parameters)
         decay = 1 - self.every / time_constant
         self.model = AveragedModel(self.parameters, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def restart(self) -> None:
+        """Sets the average to the current parameters."""
         self.model.n_averaged.zero_()
         self.update()
 
     def update(self) -> None:
+        """Moves the average towards the current parameters."""
         self.model.update_parameters(self.parameters)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the average into the parameters for a while."""
+        """Puts the average into the parameters within a ``with`` block, and their own values back after it."""
         current = [p.detach().clone() for p in self.parameters]
         self._copy(list(self.model.parameters()))
         try:
