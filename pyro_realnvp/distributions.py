@@ -182,8 +182,7 @@ class Flow(nn.Module):
         Args:
             context: the context of a conditional flow, ``batch_shape + (context_dim,)``.
             temperature: the factor by which the base is scaled about its mean. Below 1, samples lie closer to the
-                modes.
-                Both samples and ``log_prob`` are those of the scaled base.
+                modes. Both samples and ``log_prob`` are those of the scaled base.
         """
         check_context(self.bijection, context)
         base = self.base()
