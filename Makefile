@@ -1,4 +1,5 @@
-# All targets share one virtual environment. constraints.txt pins torch, since an install without it may pull in CUDA packages.
+# Every target except newest uses one virtual environment, .venv. constraints.txt pins the version of torch, since a
+# looser install may pull in CUDA packages.
 PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND ?= agg
