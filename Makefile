@@ -1,4 +1,5 @@
-# One virtual environment for everything. torch comes through constraints.txt: a looser install may pull CUDA packages.
+# Every target except newest uses one virtual environment, .venv. constraints.txt pins the version of torch, since a
+# looser install may pull in CUDA packages.
 PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND ?= agg
@@ -8,14 +9,14 @@ export MPLBACKEND ?= agg
 demo: .venv/plots  ## train two moons, print the numbers, write the pictures
 	$(BIN)/python examples/two_moons.py --out pictures
 
-test: .venv/test lint  ## what CI runs: lint, tests, doctests, examples in short mode
+test: .venv/test lint  ## run what CI runs: lint, tests, doctests, and the examples in short mode
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 quick: export HYPOTHESIS_PROFILE = quick
-quick: .venv/test  ## a test of each feature and two fixed instances for each law, in less than a minute
+quick: .venv/test  ## run a test of each feature and two fixed instances of each law, in less than a minute
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
-newest:  ## the suite with the newest torch and Pyro that resolve, so that a rename of theirs is found early
+newest:  ## run the tests with the newest torch and Pyro that resolve, so that their renames are found early
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install -q --upgrade torch pyro-ppl -e '.[test]'
 	.venv-newest/bin/python -m pytest -q -n 2 --dist worksteal
@@ -28,13 +29,13 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: .venv/docs  ## warnings are errors; the page is docs/_build/html/index.html
+docs: .venv/docs  ## build the documentation, with warnings as errors; the start page is docs/_build/html/index.html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: .venv/bench  ## tables of quality and speed, beside Pyro, Zuko, nflows, normflows and FrEIA
+bench: .venv/bench  ## print the tables of quality and speed, compared with Pyro, Zuko, nflows, normflows and FrEIA
 	$(BIN)/python -m benchmarks
 
-# Each extra is installed once, and again when the dependencies change.
+# Make installs each extra once, and again whenever the dependencies change.
 .venv/%: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt 'torch>=2.6'
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sphinx: make docs, or sphinx-build -W --keep-going -b html docs docs/_build/html. Nothing is fetched."""
+"""The Sphinx configuration. To build the documentation, run ``make docs`` or
+``sphinx-build -W --keep-going -b html docs docs/_build/html``. The build downloads nothing."""
 
 import inspect
 import os
@@ -7,7 +8,7 @@ import sys
 import warnings
 
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ.setdefault("TQDM_MININTERVAL", "3600")  # of each progress bar the gallery shows the first and last line
+os.environ.setdefault("TQDM_MININTERVAL", "3600")  # the gallery shows only the first and last line of a progress bar
 sys.path.insert(0, os.path.abspath(".."))
 warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")  # the examples call plt.show()
 
@@ -60,7 +61,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,
     "download_all_examples": False,
-    "within_subsection_order": "NumberOfCodeLinesSortKey",  # the shortest first
+    "within_subsection_order": "NumberOfCodeLinesSortKey",  # the shortest example comes first
     "thumbnail_size": (800, 300),
 }
 
@@ -77,7 +78,7 @@ pygments_dark_style = "monokai"
 
 
 def check_that_every_public_name_is_documented(app, env):
-    """Warns, which is an error in the build, of a name that the package exports and no API page documents."""
+    """Warns of every name that the package exports and no API page documents; -W turns the warning into an error."""
     documented = set(env.domains["py"].objects)
     for module in (pyro_realnvp, pyro_realnvp.masks, pyro_realnvp.plots):
         for name, value in vars(module).items():
@@ -85,7 +86,7 @@ def check_that_every_public_name_is_documented(app, env):
                 continue
             home = value.__module__
             if not (home.startswith("pyro_realnvp.") if module is pyro_realnvp else home == module.__name__):
-                continue  # imported from elsewhere
+                continue  # the name is imported from elsewhere
             names = {f"{module.__name__}.{name}", f"pyro_realnvp.{name}"}
             if not names & documented:
                 logger.warning("%s.%s is public, but no API page documents it", module.__name__, name)
