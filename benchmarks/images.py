@@ -158,8 +158,8 @@ def fit_normflows(x: Tensor, held_out: Tensor, options: dict, lr: float, seconds
     """normflows' Glow, trained by our `fit` with the same options, for as many steps as fit into the given seconds."""
     model = LevelsPeer(normflows_glow(DIGITS, 2, 5, target), LEVELS, ALPHA)
     batches = BatchSampler(RandomSampler(x), options["batch_size"], drop_last=True)
-    # For other models than ours `fit` rejects integer tensors, and float tensors with constant columns. Batches from a
-    # loader are not checked for either, so the levels are passed as such.
+    # For a model that is not ours, `fit` rejects integer tensors, and float tensors with constant columns such as the
+    # corners of the digits. It does not check batches from a loader for constant columns.
     batches = DataLoader(TensorDataset(x.float()), sampler=batches, batch_size=None)
     options = {**options, "lr": lr, "validation": held_out.float(), "progress": False}
     trial = fit(copy.deepcopy(model), batches, **{**options, "num_steps": 50})
