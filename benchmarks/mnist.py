@@ -109,7 +109,7 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, lr:
 
 
 def seconds_per_step(model: nn.Module, x: Tensor, args: argparse.Namespace) -> float:
-    """The mean over 20 steps of a copy of the model, so that the model itself stays unchanged."""
+    """The mean time of 20 steps. They train a copy of the model, so that the model itself stays unchanged."""
     trial = copy.deepcopy(model)
     optimizer, rows = adam(trial, args.lr), batches(x, args.batch, 0)
     for k in range(25):
