@@ -126,7 +126,7 @@ def glow(
     factored out, as in :func:`image_real_nvp`, so that the latent is an image of the same shape.
 
     Args and errors are those of :func:`image_real_nvp`, except that ``num_couplings`` is the number of couplings of
-    each scale.
+    each scale, and that there is no ``between``.
 
     Example:
         >>> flow = glow((3, 8, 8), num_couplings=2, hidden_channels=8)
