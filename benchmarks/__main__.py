@@ -14,7 +14,7 @@ NAMES = ["birth", "evaluations", "speed", "training", "moons", "time_to", "tabul
 names = sys.argv[1:] or NAMES
 if not set(names) <= set(NAMES):
     sys.exit(f"expected names out of {', '.join(NAMES)}; got {' '.join(names)}")
-# Matrix products on several threads that share their cores with other processes take times that vary tenfold.
+# One thread: on cores that other processes use too, the times of multi-threaded matrix products vary tenfold.
 torch.set_num_threads(1)
 print(f"torch {torch.__version__}, Pyro {pyro.__version__}, 1 thread on {os.cpu_count()} cores", flush=True)
 for name in names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Negative log-likelihood of N(0, I) data under untrained stacks, as each library initialises its own."""
+"""Negative log-likelihood of N(0, I) data under untrained flows, with the initialization of each library."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from .peers import PEERS, Contender, Setting, freia_nvp, normflows_nvp, ours
 from .tables import print_table
 
-# The widths most people take, and those that Pyro's affine_coupling(20) takes by itself.
+# The first has widths that most people use, the second the default widths of Pyro's affine_coupling(20).
 SETTINGS = Setting(20, 10_000, 16, (64, 64)), Setting(20, 10_000, 16, (200,))
 SEEDS = range(5)
 
@@ -20,7 +20,7 @@ def nats_per_dimension(make: Callable[[Setting], Contender], setting: Setting, s
     torch.manual_seed(seed)
     x = torch.randn(setting.batch, setting.dim)
     nats = -make(setting).log_prob(x).double().mean().item() / setting.dim
-    return nats if math.isfinite(nats) else math.inf  # nan would compare with nothing
+    return nats if math.isfinite(nats) else math.inf  # nan would break the sorting
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often a conditioner is evaluated, per layer."""
+"""How many times a call evaluates the conditioner of each layer."""
 
 from collections.abc import Callable
 
@@ -50,7 +50,8 @@ def theirs(dim: int = DIM) -> Transform:
 
 
 def of_a_distribution(transforms: list[Transform], module: nn.Module) -> list[float]:
-    """Of log_prob(data), of rsample and log_prob of that sample, and of log_prob(data) before and after training."""
+    """The evaluations of log_prob of data, of rsample and log_prob of that sample, and of log_prob of the same data
+    before and after an optimizer step."""
     d = dist.TransformedDistribution(standard_normal(DIM), transforms)
     counter = Counter(module)
     x = torch.randn(5, DIM)
@@ -66,7 +67,8 @@ def of_a_distribution(transforms: list[Transform], module: nn.Module) -> list[fl
 
 
 def of_a_guide(make_transform: Callable[[int], Transform]) -> list[float]:
-    """Of one SVI step of AutoNormalizingFlow, and of one potential energy with its gradient under NeuTra."""
+    """The evaluations of one SVI step of AutoNormalizingFlow, and of one potential energy and its gradient under
+    NeuTra."""
 
     def model() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))

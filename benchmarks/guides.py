@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guides: posteriors with gold-standard draws (posteriordb), milliseconds of a step, NUTS in the guide's coordinates.
+"""Guides: milliseconds of a step, NUTS in the guide's coordinates, and posteriors with gold-standard draws.
 
-The first and the last table need FOLDER/posteriordb/NAME.npz, where the environment variable PYRO_REALNVP_DATA names
-FOLDER: ``draws``, (chains, draws, parameters), and NAME.json beside it.
+The draws are those of posteriordb. The environment variable PYRO_REALNVP_DATA names the folder that holds
+posteriordb/NAME.npz, whose array ``draws`` has the shape (chains, draws, parameters), and posteriordb/NAME.json with
+the data. Without it, the tables that need them are skipped.
 """
 
 import json
@@ -33,8 +34,10 @@ Sites = dict[str, Tensor]
 class Posterior(NamedTuple):
     model: Callable
     parameters: Callable[[Sites], Tensor]
-    """Of the sites' draws, in the order of the gold draws: ``(number, parameters)``."""
+    """A function of the sites' draws that returns the parameters in the order of the gold draws, ``(number,
+    parameters)``."""
     gaussian: bool
+    """Whether the posterior is close to normal, so that a normal guide is as good as a flow."""
 
 
 def normal(scale: float, size: int) -> dist.Distribution:
@@ -85,7 +88,8 @@ def garch(data: dict) -> Posterior:
         pyro.factor("flat_beta1", (1 - alpha1[..., 0]).log())  # |d beta1 / d fraction|
         beta1 = (1 - alpha1) * fraction
         first = torch.full_like(alpha0, sigma1**2)
-        # variance_t = u_t + beta1 variance_{t-1} = the sum over k of beta1^k u_{t-k}, by doubling the number of terms
+        # The recursion variance_t = u_t + beta1 variance_{t-1} is the sum over k of beta1^k u_{t-k}. Each pass of the
+        # loop doubles the number of its terms, so there are log2(T) passes instead of T steps.
         variance = torch.cat([first, alpha0 + alpha1 * (y[:-1] - mu).square()], -1)
         power, lag = beta1, 1
         while lag < len(y):
@@ -131,7 +135,7 @@ MAKERS |= {"gp_pois_regr": gp_poisson, "kidscore_momiq": kidscore}
 
 
 def pyro_couplings(dim: int, num_couplings: int = 8, hidden_dims: list[int] | None = None) -> T.ComposeTransformModule:
-    """Pyro's own RealNVP; the permutations between its couplings reverse the entries, so that they alternate."""
+    """Pyro's own RealNVP. Between its couplings the entries are reversed, so that each half is changed in turn."""
     reverse = torch.arange(dim).flip(0)
     couplings = [T.affine_coupling(dim, hidden_dims) for _ in range(num_couplings)]
     return T.ComposeTransformModule([part for c in couplings for part in (c, T.Permute(reverse))])
@@ -148,7 +152,7 @@ GUIDES = {
 
 
 def load(folder: Path, name: str) -> tuple[dict, Tensor]:
-    """The data, and the gold draws, (number, parameters)."""
+    """The data and the gold draws, of shape (number, parameters)."""
     draws = np.load(folder / "posteriordb" / f"{name}.npz")["draws"]
     return json.loads((folder / "posteriordb" / f"{name}.json").read_text()), torch.as_tensor(draws).double().flatten(
         0, 1
@@ -196,7 +200,7 @@ def funnel() -> None:
 
 
 def step(*, num_steps: int = 200, rounds: int = 5) -> None:
-    """Milliseconds of a step of SVI on the funnel: 8 couplings of 2x64, one particle."""
+    """Prints the milliseconds of an SVI step on the funnel, with 8 couplings of 2x64 and one particle."""
     pyro.clear_param_store()
     theirs = AutoNormalizingFlow(funnel, lambda dim: pyro_couplings(dim, 8, [64, 64]))
     svi = SVI(funnel, theirs, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
@@ -216,7 +220,7 @@ def step(*, num_steps: int = 200, rounds: int = 5) -> None:
 
 
 def nuts(model: Callable, spread: Callable[[Sites], float], *, num_samples: int = 500, num_steps: int = 2000) -> list:
-    """Rows of plain NUTS and of NUTS in the guide's coordinates."""
+    """The rows of the table for plain NUTS and for NUTS in the guide's coordinates."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     started = time.perf_counter()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-scale flows of images of other libraries, with as many couplings and, where possible, parameters as ours."""
+"""Multi-scale flows of images in other libraries, with the number of couplings and, where possible, of parameters of
+ours."""
 
 import math
 import warnings
@@ -25,15 +26,15 @@ def count(module: nn.Module) -> int:
 
 
 def resident_peak() -> float:
-    """The most resident memory that this process has had, in MiB; nan where the system does not say."""
-    # Not from getrusage: its maximum begins with that of the process which started this one.
+    """The peak of this process's resident memory in MiB, or nan on systems that do not report it."""
+    # getrusage is no help here: its maximum starts at that of the parent process.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), math.nan)
 
 
 def matched(make: Callable[[int], nn.Module], target: int) -> nn.Module:
-    """What it makes of the width whose number of parameters is nearest to the target."""
+    """The module that ``make`` returns for the width at which the number of parameters is closest to the target."""
     low, high = 1, 2
     while count(make(high)) <= target:
         low, high = high, 2 * high
@@ -44,13 +45,13 @@ def matched(make: Callable[[int], nn.Module], target: int) -> nn.Module:
 
 
 def our_glow(shape: Sequence[int], num_scales: int, num_couplings: int, target: int) -> nn.Module:
-    """Ours, with so many couplings at each scale and about so many parameters."""
+    """Our Glow with ``num_couplings`` couplings at each scale and about ``target`` parameters."""
     options = {"num_scales": num_scales, "num_couplings": num_couplings}
     return matched(lambda hidden: glow(shape, hidden_channels=hidden, **options), target)
 
 
 class NormflowsGlow(normflows.MultiscaleFlow):
-    """Glow as its documentation builds it, with a learned Gaussian at each scale."""
+    """Glow as the documentation of normflows builds it, with a learned Gaussian at each scale."""
 
     def __init__(self, shape: Sequence[int], num_scales: int, num_couplings: int, hidden: int):
         channels, height, width = shape
@@ -65,25 +66,26 @@ class NormflowsGlow(normflows.MultiscaleFlow):
         super().__init__(bases, flows, merges, class_cond=False)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return super().log_prob(x, None)  # which has no default for the classes
+        return super().log_prob(x, None)  # the argument for the classes has no default
 
 
 def normflows_glow(shape: Sequence[int], num_scales: int, num_couplings: int, target: int) -> nn.Module:
-    """With so many couplings at each scale and about so many parameters."""
+    """normflows' Glow with ``num_couplings`` couplings at each scale and about ``target`` parameters."""
     return matched(partial(NormflowsGlow, shape, num_scales, num_couplings), target)
 
 
 def torchflows_nvp(shape: Sequence[int], num_scales: int) -> nn.Module:
-    """The paper's couplings, as many as `image_real_nvp` has by default.
+    """torchflows' RealNVP with the couplings of the paper, as many as `image_real_nvp` has by default.
 
-    Its networks have one size. They shrink an image to 10 x 10 numbers and go to all outputs by a dense layer, which
-    has most of the parameters; the convolutions have 4 to 8 channels, so that they are little work.
+    The size of its networks is fixed, so their parameters cannot be matched to ours. They shrink an image to 10 x 10
+    numbers, and a dense layer maps these to all outputs. That layer has most of the parameters; the convolutions have
+    only 4 to 8 channels, so they cost little time.
     """
     return torchflows.flows.Flow(MultiscaleRealNVP(shape, n_layers=num_scales))
 
 
 class LevelsPeer(nn.Module):
-    """A density of real images as a model of levels, dequantised and scaled as ours; called as ours, too."""
+    """A model of integer levels from a peer's density of real images, dequantized, scaled and called like ours."""
 
     def __init__(self, flow: nn.Module, levels: int, alpha: float):
         super().__init__()

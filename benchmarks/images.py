@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images: a training step and its memory beside the peers' multi-scale flows, checkpointing, bits/dim of digits."""
+"""Images: time and memory of a training step beside the peers' multi-scale flows, checkpointing, bits/dim of digits."""
 
 import copy
 import statistics
@@ -37,7 +37,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def training_step(model: nn.Module) -> Callable[[], None]:
-    """Forward, backward and Adam on a batch of real images."""
+    """A function that takes one Adam step on a fixed batch of real images."""
     x = torch.randn(BATCH, *SHAPE)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
@@ -51,7 +51,7 @@ def training_step(model: nn.Module) -> Callable[[], None]:
 
 
 def print_peak(name: str, num_steps: int) -> None:
-    """The most resident memory, in MiB, of a process that builds a contender and makes so many steps."""
+    """Builds a contender, takes ``num_steps`` steps and prints the peak of this process's resident memory in MiB."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     step = training_step(MAKERS[name]())
@@ -61,7 +61,7 @@ def print_peak(name: str, num_steps: int) -> None:
 
 
 def memory(name: str) -> str:
-    """MiB of three steps in a process of their own, above those of building."""
+    """The MiB that three training steps add to the peak of building alone, each measured in a process of its own."""
     code = f"from {__name__} import print_peak; print_peak({name!r}, {{}})"
     calls = [[sys.executable, "-c", code.format(num_steps)] for num_steps in (0, 3)]
     built, stepped = (float(subprocess.run(c, check=True, stdout=subprocess.PIPE, text=True).stdout) for c in calls)
@@ -88,9 +88,10 @@ def training_steps() -> None:
 
 
 def held_for_backward(flow: Flow, x: Tensor) -> int:
-    """Bytes of the storages that are kept, but for the parameters and x."""
+    """The bytes that autograd keeps for the backward pass, without the parameters, the buffers and x."""
     known = {t.untyped_storage().data_ptr() for t in [x, *flow.parameters(), *flow.buffers()]}
-    kept: dict[int, Tensor] = {}  # the tensors too: an address that is free would be used again
+    # The tensors are kept alive, since the address of a freed one could be used again and would be counted once.
+    kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
         kept[t.untyped_storage().data_ptr()] = t
@@ -117,7 +118,7 @@ def checkpointing() -> None:
     flows = {name: Flow(image_real_nvp(SHAPE, **options, checkpoint=on)) for name, on in flows.items()}
     plain, saving = flows.values()
     nets = [m for m in plain.modules() if isinstance(m, ConvResNet)]
-    for net in nets:  # at birth the last layers are zero, and so are the gradients before them
+    for net in nets:  # the last layers start at zero, and then all gradients before them are zero
         nn.init.normal_(net.last[-1].weight, std=0.03)
     saving.load_state_dict(plain.state_dict())
     x = torch.randn(16, *SHAPE)
@@ -144,7 +145,7 @@ def digits_flow() -> tuple[DequantizedFlow, dict]:
 
 
 def fitted_gaussian(x: Tensor) -> nn.Module:
-    """With the mean and all covariances of the training images, dequantised many times."""
+    """A Gaussian with the mean and the full covariance of the training images, each dequantized 200 times."""
     peer = LevelsPeer(nn.Module(), LEVELS, ALPHA)
     scaled = (x + torch.rand(200, *x.shape)) / LEVELS
     y = peer.logit(scaled).double().flatten(2).flatten(0, 1)
@@ -154,10 +155,11 @@ def fitted_gaussian(x: Tensor) -> nn.Module:
 
 
 def fit_normflows(x: Tensor, held_out: Tensor, options: dict, lr: float, seconds: float, target: int):
-    """Through our `fit`, with all that it does, for as many steps as these seconds allow."""
+    """normflows' Glow, trained by our `fit` with the same options, for as many steps as fit into the given seconds."""
     model = LevelsPeer(normflows_glow(DIGITS, 2, 5, target), LEVELS, ALPHA)
     batches = BatchSampler(RandomSampler(x), options["batch_size"], drop_last=True)
-    # `fit` takes levels from our models only, and refuses constant columns of other tensors; batches it trusts.
+    # For a model that is not ours, `fit` rejects integer tensors, and float tensors with constant columns such as the
+    # corners of the digits. It does not check batches from a loader for constant columns.
     batches = DataLoader(TensorDataset(x.float()), sampler=batches, batch_size=None)
     options = {**options, "lr": lr, "validation": held_out.float(), "progress": False}
     trial = fit(copy.deepcopy(model), batches, **{**options, "num_steps": 50})
@@ -167,7 +169,7 @@ def fit_normflows(x: Tensor, held_out: Tensor, options: dict, lr: float, seconds
 
 @torch.no_grad()
 def score(model: nn.Module, x: Tensor) -> list[float]:
-    """Bits/dim: of the bound with one sample, the mean of 20 of them, and with 32 samples."""
+    """Bits/dim by the bound with one sample (the mean of 20 draws) and by the bound with 32 samples."""
     model.eval()
     one = torch.stack([model(num_samples=1).log_prob(x) for _ in range(20)])
     many = torch.cat([model(num_samples=32).log_prob(rows) for rows in x.split(120)])

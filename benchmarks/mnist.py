@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits/dim of complete MNIST: ``python -m benchmarks.mnist --data FOLDER --out FOLDER [--model all]``.
+"""Bits/dim of the whole MNIST data set: ``python -m benchmarks.mnist --data FOLDER --out FOLDER [--model all]``.
 
-All contenders go through the same loop here. A run writes what it has every minute and goes on from there when it is
-started again; a finished one prints its result. DATA/mnist.npz holds x_train and x_test, (N, 28, 28) of uint8.
+The training loop in this file is the same for all contenders. A run saves its state every minute and continues from it
+when it is started again; a finished run only prints its result. The file mnist.npz in the data folder holds x_train and
+x_test, uint8 of shape (N, 28, 28).
 """
 
 import argparse
@@ -57,7 +58,7 @@ def arguments() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> nn.Module:
-    """A module that, called, gives something with a `log_prob` of levels."""
+    """The chosen model, a module whose call returns an object with a `log_prob` of integer levels."""
     sizes = {"num_couplings": args.couplings, "hidden_channels": args.hidden, "num_blocks": args.blocks}
     between = partial(ActNorm, event_dim=3) if args.actnorm else None
     ours = image_real_nvp(SHAPE, num_scales=NUM_SCALES, between=between, **sizes)
@@ -75,7 +76,7 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def batches(x: Tensor, size: int, step: int) -> Iterator[Tensor]:
-    """Those from this step on, in an order that depends only on the epoch."""
+    """The batches from the given step on. Their order depends only on the epoch, so a continued run sees the same."""
     per_epoch = len(x) // size
     while True:
         epoch, start = divmod(step, per_epoch)
@@ -86,13 +87,14 @@ def batches(x: Tensor, size: int, step: int) -> Iterator[Tensor]:
 
 
 def learning_rate(lr: float, progress: float) -> float:
-    """One cycle: up along a cosine in the first tenth, then down to zero."""
+    """One cycle: the learning rate rises along a cosine in the first tenth of the run, then falls to zero."""
     height = progress / 0.1 if progress < 0.1 else (1 - progress) / 0.9
     return lr * (1 - math.cos(math.pi * min(max(height, 0.0), 1.0))) / 2
 
 
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, lr: float) -> float:
-    """Bits/dim of the batch; nan, and no step, where they or a gradient are not finite."""
+    """Takes a step and returns the bits/dim of the batch. If these or a gradient are not finite, it takes no step and
+    returns nan."""
     (group,) = optimizer.param_groups
     group["lr"] = lr
     loss = bits_per_dim(model().log_prob(x), SHAPE).mean()
@@ -107,7 +109,7 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, lr:
 
 
 def seconds_per_step(model: nn.Module, x: Tensor, args: argparse.Namespace) -> float:
-    """Of 20 steps, which change a copy."""
+    """The mean time of 20 steps. They train a copy of the model, so that the model itself stays unchanged."""
     trial = copy.deepcopy(model)
     optimizer, rows = adam(trial, args.lr), batches(x, args.batch, 0)
     for k in range(25):
@@ -118,14 +120,14 @@ def seconds_per_step(model: nn.Module, x: Tensor, args: argparse.Namespace) -> f
 
 
 def save(path: Path, run: dict, modules: dict) -> None:
-    """In one piece: whoever is stopped here leaves the state before."""
+    """Saves the run atomically: a process that is stopped here leaves the previous state intact."""
     unfinished = path.with_suffix(".tmp")
     torch.save(run | {name: module.state_dict() for name, module in modules.items()}, unfinished)
     os.replace(unfinished, path)
 
 
 def load(path: Path, args: argparse.Namespace) -> dict:
-    """The saved run, empty where there is none."""
+    """The saved run, or an empty dict if there is none."""
     if not path.exists():
         return {}
     run = torch.load(path, map_location=args.device, weights_only=True)
@@ -136,14 +138,14 @@ def load(path: Path, args: argparse.Namespace) -> dict:
 
 
 def train(args: argparse.Namespace, x: Tensor, x_test: Tensor, path: Path) -> dict:
-    """The run at its end, or where its time was over."""
+    """Trains the model, or continues its saved run, to the last step or the time limit, and returns the run."""
     run = load(path, args)
     limit = math.inf if args.minutes is None else 60 * args.minutes
     if run and (run["step"] >= run["steps"] or run["seconds"] >= limit) and run["result"]:
         return run
     torch.manual_seed(0)
     model = build(args).to(args.device)
-    with torch.no_grad():  # normalisations take their statistics from the first batch, also where a state is loaded
+    with torch.no_grad():  # ActNorm is initialized by the first batch; a saved state is loaded over it below
         model().log_prob(next(batches(x, args.batch, 0)))
     if not run:
         steps = args.steps or max(int(0.95 * limit / seconds_per_step(model, x, args)), 100)
@@ -160,7 +162,8 @@ def train(args: argparse.Namespace, x: Tensor, x_test: Tensor, path: Path) -> di
     run["result"] = None
     last = saved = time.perf_counter()
     while run["step"] < run["steps"] and run["seconds"] < limit:
-        # By the time too, so that the learning rate comes down before the time is over on a machine that slows down.
+        # The schedule follows steps and time, whichever is further on, so that the learning rate also reaches zero if
+        # the machine slows down and the time ends before the steps do.
         lr = learning_rate(args.lr, max(run["step"] / run["steps"], run["seconds"] / limit))
         recent.append(take_step(model, optimizer, next(rows), lr))
         average.update_parameters(model)
@@ -205,7 +208,7 @@ def print_runs(runs: list[dict]) -> None:
     header = ["", "bits/dim", "parameters", "steps", "minutes", "ms per step", "peak MiB", "steps skipped"]
     options = ", ".join(f"{name} {run['options'][name]}" for name in ("alpha", "batch", "lr"))
     rows += [[*row, "", "", "", "", "", ""] for row in PUBLISHED]
-    print_table(f"MNIST, 10000 test images, uniform dequantisation: {options}", header, rows)
+    print_table(f"MNIST, 10000 test images, uniform dequantization: {options}", header, rows)
     for run in runs:
         if run["step"] < run["steps"]:
             name = run["options"]["model"]
@@ -213,13 +216,13 @@ def print_runs(runs: list[dict]) -> None:
 
 
 def run_all(args: argparse.Namespace, out: Path) -> None:
-    """Each in a process of its own, whose memory it has for itself."""
+    """Runs each model in a process of its own, so that its memory can be measured."""
     given, runs = vars(args), []
     for model in COMPARED:
         options = [f"--{name}={value}" for name, value in (given | {"model": model}).items() if value is not None]
         subprocess.run([sys.executable, "-m", __spec__.name, *options], check=True)
         runs.append(torch.load(out / f"{model}.pt", map_location="cpu"))
-        if args.steps is None:  # the time was for the first; the others take as many steps
+        if args.steps is None:  # only the first is limited by time; the others take as many steps as it took
             given = given | {"steps": runs[0]["step"], "minutes": None}
     print_runs(runs)
 
@@ -230,7 +233,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if args.model == "all":
         return run_all(args, out)
-    pyro.enable_validation(False)  # the peers check nothing either; on a GPU every check waits for it
+    pyro.enable_validation(False)  # the peers check nothing either, and each check would wait for the GPU
     with np.load(Path(args.data) / "mnist.npz") as arrays:
         x, x_test = (torch.as_tensor(arrays[name])[:, None].to(args.device) for name in ("x_train", "x_test"))
     print_runs([train(args, x, x_test, out / f"{args.model}.pt")])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KL(true || flow) on two moons, in nats. The true density is known, so the KL is measured and not guessed."""
+"""KL(true || flow) on two moons, in nats. The true density is known, so the KL can be measured."""
 
 import math
 import time
@@ -18,7 +18,7 @@ NOISE, NUM_POINTS, NUM_SCORED = 0.05, 3000, 20_000
 
 
 def arcs(angle: Tensor) -> Tensor:
-    """The points of both arcs at these angles, shape ``(2, N, 2)``: what make_moons adds its noise to."""
+    """The points of both arcs at the given angles, ``(2, N, 2)``; make_moons adds its noise to such points."""
     return torch.stack(
         [torch.stack([angle.cos(), angle.sin()], -1), torch.stack([1 - angle.cos(), 0.5 - angle.sin()], -1)]
     )
@@ -31,7 +31,10 @@ def true_sample(num: int) -> Tensor:
 
 
 def true_log_prob(x: Tensor, *, num_angles: int = 4000) -> Tensor:
-    """The mean over the arcs of N(x; point, NOISE^2): their points lie 60 to the noise's width, so the sum is exact."""
+    """The mean of N(x; point, NOISE^2) over the points of the arcs.
+
+    There are about 60 points in a width of the noise, so the sum equals the integral up to rounding.
+    """
     points = arcs((torch.arange(num_angles, dtype=torch.float64) + 0.5) / num_angles * math.pi).flatten(0, 1)
     normalizer = math.log(len(points)) + math.log(2 * math.pi * NOISE**2)
     exponents = (-torch.cdist(rows, points).square() / (2 * NOISE**2) for rows in x.split(1000))
@@ -48,13 +51,13 @@ class Truth:
 
     @torch.no_grad()
     def kl(self, flow: nn.Module, mean: Tensor, std: Tensor) -> float:
-        """KL(true || flow), where the flow lives in the units of (x - mean) / std."""
+        """KL(true || flow) of a flow that models (x - mean) / std."""
         z = ((self.x - mean) / std).float()
         return float(self.log_prob - (flow().log_prob(z).double().mean() - std.log().sum()))
 
 
 def with_fit(truth: Truth) -> None:
-    """A data set of 3000 points, `fit`'s defaults."""
+    """Trains on 3000 points with the defaults of `fit`, for five seeds, and prints the table."""
     rows = []
     for seed in range(5):
         x = torch.as_tensor(make_moons(NUM_POINTS, noise=NOISE, random_state=seed)[0])
@@ -72,7 +75,8 @@ def with_fit(truth: Truth) -> None:
 def with_fresh_data(
     truth: Truth, *, num_couplings=16, hidden=64, lr=1e-2, averaging=0.1, num_steps=3000, batch=512, seed=0
 ) -> list[object]:
-    """New points in every step, so that nothing can be learned by heart: what the flow is able to represent."""
+    """The row of a run that draws new points in every step. Such a run cannot overfit, so its KL shows what the flow is
+    able to represent."""
     torch.manual_seed(seed)
     reference = true_sample(100_000)
     mean, std = reference.mean(0), reference.std(0)

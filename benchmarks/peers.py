@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same RealNVP in each library: as many couplings, the same ReLU networks, alternating halves.
+"""The same RealNVP in each library: the same number of couplings, the same ReLU networks, alternating halves.
 
-Each is built the way its documentation recommends and, where there are several, the fastest.
+Each flow is built as the documentation of its library recommends; if it recommends several ways, in the fastest one.
 """
 
 import math
@@ -27,7 +27,7 @@ from pyro_realnvp import Flow, masks, real_nvp
 
 
 class Setting(NamedTuple):
-    """An even number of couplings on an even number of dimensions."""
+    """The size of a comparison. The numbers of dimensions and of couplings must be even."""
 
     dim: int
     batch: int
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
 
 @dataclass
 class Contender:
-    """A flow with the calls that are timed."""
+    """A flow, with the two calls that the benchmarks time."""
 
     module: nn.Module
     log_prob: Callable[[Tensor], Tensor]
@@ -63,7 +63,7 @@ def network(setting: Setting, num_in: int, num_out: int) -> nn.Sequential:
 
 
 def half_masks(setting: Setting) -> list[Tensor]:
-    """Of each coupling, true where an entry is kept."""
+    """The mask of each coupling, true where an entry is kept."""
     return [masks.half(setting.dim, k % 2).b for k in range(setting.num_couplings)]
 
 
@@ -85,7 +85,7 @@ def ours(setting: Setting) -> Contender:
 
 
 def ours_plain(setting: Setting) -> Contender:
-    """Ours inside Pyro's own TransformedDistribution."""
+    """Our bijection in Pyro's own TransformedDistribution."""
     bijection = our_flow(setting).bijection
     d = dist.TransformedDistribution(standard_normal(setting.dim), [bijection])
     return Contender(bijection, d.log_prob, lambda n: d.sample((n,)))
@@ -98,7 +98,7 @@ def ours_compiled(setting: Setting) -> Contender:
 
 
 def pyro_transforms(setting: Setting) -> list[Transform]:
-    """Pyro's coupling always keeps the first half, so a flip stands between."""
+    """Pyro's couplings. Each keeps the first half, so the entries are flipped between two couplings."""
     half, flip = setting.dim // 2, torch.arange(setting.dim).flip(0)
     transforms = []
     for k in range(setting.num_couplings):
@@ -112,7 +112,7 @@ def pyro_coupling(setting: Setting) -> Contender:
     d = dist.TransformedDistribution(standard_normal(setting.dim), transforms)
 
     def log_prob(x: Tensor) -> Tensor:
-        d.clear_cache()  # without it, a second call on the same x returns the first one's value and graph
+        d.clear_cache()  # else a second call with the same x returns the value and the graph of the first
         return d.log_prob(x)
 
     modules = nn.ModuleList(t for t in transforms if isinstance(t, nn.Module))
@@ -131,7 +131,7 @@ def zuko_nvp(setting: Setting) -> Contender:
 
 
 class _IgnoresContext(nn.Sequential):
-    """nflows hands a context to every network, None included."""
+    """A network without context for nflows, which passes a context to every network, even if it is None."""
 
     def forward(self, x: Tensor, context: None = None) -> Tensor:
         return super().forward(x)
@@ -151,7 +151,7 @@ def normflows_nvp(setting: Setting, *, init_zeros: bool = False) -> Contender:
     blocks = [
         normflows.flows.AffineCouplingBlock(
             normflows.nets.MLP([setting.dim // 2, *setting.hidden_dims, setting.dim], init_zeros=init_zeros),
-            split_mode="channel" if k % 2 == 0 else "channel_inv",  # faster than its Permute("swap") between
+            split_mode="channel" if k % 2 == 0 else "channel_inv",  # faster than a Permute("swap") between couplings
         )
         for k in range(setting.num_couplings)
     ]
@@ -160,9 +160,10 @@ def normflows_nvp(setting: Setting, *, init_zeros: bool = False) -> Contender:
 
 
 def freia_nvp(setting: Setting, *, all_in_one: bool = False) -> Contender:
-    """Its Glow block is two affine couplings, each with one network for scale and shift; its RNVP block would have two.
+    """FrEIA's Glow blocks. Each consists of two affine couplings with one network for scale and shift; FrEIA's RNVP
+    block would have a network for each of both.
 
-    (`all_in_one`: the block of its quick start, one coupling with normalisation and permutation.)
+    With `all_in_one`, the block of FrEIA's quick start: one coupling with normalization and permutation.
     """
     inn = FrEIA.framework.SequenceINN(setting.dim)
     block = FrEIA.modules.AllInOneBlock if all_in_one else FrEIA.modules.GLOWCouplingBlock
@@ -192,7 +193,10 @@ OURS = {"ours, Flow": ours, "ours, TransformedDistribution": ours_plain}
 
 
 def build(setting: Setting, makers: dict[str, Callable[[Setting], Contender]]) -> dict[str, Contender]:
-    """All of them, of one size, with weights so small that no stack overflows: arithmetic on inf takes other times."""
+    """Makes all contenders and checks that they have the same size.
+
+    The weights are small, so that no flow overflows: arithmetic with inf takes another time.
+    """
     contenders = {name: make(setting) for name, make in makers.items()}
     for contender in contenders.values():
         for p in contender.parameters():

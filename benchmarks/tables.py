@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing side by side, and tables."""
+"""Side-by-side timing, and the printing of tables."""
 
 import gc
 import random
@@ -9,21 +9,21 @@ from collections.abc import Callable, Sequence
 
 
 def interleaved(calls: dict[str, Callable[[], object]], *, rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of a call of each, once per round.
+    """The milliseconds of each call, one measurement per round.
 
-    A machine slows down and speeds up while it measures. So every round times all of them, one after the other in a
+    A machine slows down and speeds up during the measurements. So every round times all calls, one after the other in
     random order, and only times of the same round are compared.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0).shuffle
     gc.collect()
-    gc.freeze()  # so that the collections below look only at what the calls have left
+    gc.freeze()  # so that the collections below look only at objects that the calls have made
     for done in range(rounds + 5):  # the first five warm up
-        gc.collect()  # else one pays for what another has left
+        gc.collect()  # so that no call pays for the garbage of another
         shuffle(order)
         for name in order:
-            calls[name]()  # brings its own weights into the processor's cache
+            calls[name]()  # not timed; brings the weights into the processor's cache
             started = time.perf_counter()
             for _ in range(repeats):
                 calls[name]()
@@ -34,17 +34,17 @@ def interleaved(calls: dict[str, Callable[[], object]], *, rounds: int, repeats:
 
 
 def ratio(times: list[float], reference: list[float]) -> float:
-    """The median over the rounds of time / reference time."""
+    """The median of time / reference time over the rounds."""
     return statistics.median(t / r for t, r in zip(times, reference))
 
 
 def verdict(value: float, target: float | None) -> tuple[str, str]:
-    """The target's column and the verdict's."""
+    """The cells of the target and of the verdict."""
     return ("", "") if target is None else (f"<= {target:g}", "ok" if value <= target else "NOT MET")
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints aligned columns, the first to the left and all others to the right."""
+    """Prints a table whose first column is aligned to the left and whose other columns are aligned to the right."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [

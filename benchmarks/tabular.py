@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out log-likelihood of small tables, in nats per row: `RealNVPDensity` with its defaults beside other estimators.
 
-All of them see the same folds, with columns standardised by the fold's training rows.
+All methods see the same folds. Their columns are standardized with the training rows of the fold.
 """
 
 import copy
@@ -34,7 +34,7 @@ FOLDS = KFold(5, shuffle=True, random_state=0)
 DEFAULTS = RealNVPDensity()
 LRS, VALIDATE_EVERY, PATIENCE = (1e-3, 3e-3), 50, 500
 Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""From the rows to fit and the rows to score to the scores."""
+"""A function that fits the first rows and returns the scores of the second rows."""
 
 
 def ours(train: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -54,13 +54,13 @@ def mixture(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 def kernels(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    # Folds that are shuffled: the rows come ordered by class.
+    # The folds are shuffled, since the rows of some data sets are ordered by class.
     search = GridSearchCV(KernelDensity(), {"bandwidth": np.geomspace(0.03, 3, 21)}, cv=FOLDS)
     return search.fit(train).score_samples(test)
 
 
 def flow_of(make: Callable[[Setting], Contender], train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """A peer with as many couplings and networks as wide as ours, and the same rows held out."""
+    """A peer with the number of couplings and the network widths of ours, and the same fraction of rows held out."""
     dim, order = train.shape[1], np.random.RandomState(0).permutation(len(train))
     shuffled = torch.as_tensor(train[order], dtype=torch.float32)
     held_out, x = shuffled.tensor_split([int(DEFAULTS.validation * len(train))])
@@ -76,7 +76,7 @@ def flow_of(make: Callable[[Setting], Contender], train: np.ndarray, test: np.nd
 
 
 def with_tanh(contender: Contender) -> Contender:
-    """Their networks with our activation: ReLU costs either of them more than ten nats on breast_cancer."""
+    """Replaces ReLU by Tanh, our activation. With ReLU, both peers lose more than ten nats on breast_cancer."""
     for module in list(contender.module.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):
@@ -85,7 +85,8 @@ def with_tanh(contender: Contender) -> Contender:
 
 
 def by_hand(contender: Contender, x: Tensor, held_out: Tensor, lr: float, batch: int) -> float:
-    """What the tutorials write, with early stopping: the held-out loss of the best weights, which stay."""
+    """The training loop of the tutorials, with early stopping. It restores the best weights and returns their held-out
+    loss."""
     optimizer = torch.optim.Adam(contender.parameters(), lr)
     least, best_step, weights = math.inf, 0, copy.deepcopy(contender.module.state_dict())
     for step in range(1, DEFAULTS.num_steps + 1):
@@ -116,16 +117,17 @@ METHODS: dict[str, Method] = {
 
 
 def tables() -> dict[str, np.ndarray]:
-    """What comes with scikit-learn, of real columns.
+    """The tables with real columns that come with scikit-learn.
 
-    In diabetes the column s2 is s1 - s3 - exp(s5) / 5 but for rounding, and s4 is s1 / s3, often rounded to a whole
-    number: the likelihood has no upper bound, and what is compared is how near a method comes to a surface.
+    In diabetes the column s2 equals s1 - s3 - exp(s5) / 5 up to rounding, and s4 equals s1 / s3, often rounded to a
+    whole number. So the rows lie on a surface, the likelihood has no upper bound, and the comparison shows how close
+    to the surface each method puts its mass.
     """
     diabetes = load_diabetes().data
     return {
         "wine": load_wine().data,
         "breast_cancer": load_breast_cancer().data,
-        "diabetes": np.delete(diabetes, 1, axis=1),  # the sex has two values
+        "diabetes": np.delete(diabetes, 1, axis=1),  # without the sex, which has two values
         "diabetes without s2 and s4": np.delete(diabetes, [1, 5, 7], axis=1),
         "digits": load_digits().data,
         "iris": load_iris().data,

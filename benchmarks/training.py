@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Milliseconds of a whole training step: through `fit`, by hand on our flow, and by hand on Pyro's coupling."""
+"""Milliseconds of a whole training step: by `fit`, and by bare loops on our flow and on Pyro's coupling."""
 
 import statistics
 import time
@@ -18,7 +18,7 @@ NUM_STEPS, ROUNDS, NUM_ROWS = 500, 7, 8192
 
 
 def by_hand(contender: Contender, x: Tensor, *, fused: bool) -> float:
-    """What the tutorials write: seconds of a loop of steps."""
+    """The seconds that the training loop of the tutorials takes."""
     optimizer = torch.optim.Adam(contender.parameters(), lr=1e-3, fused=fused or None)
     started = time.perf_counter()
     for _ in range(NUM_STEPS):
@@ -46,7 +46,7 @@ def main() -> None:
         "bare loop, Pyro's coupling, Adam": lambda: by_hand(pyros, x, fused=False),
     }
     times: dict[str, list[float]] = {name: [] for name in loops}
-    for done in range(ROUNDS + 1):  # the first warms up
+    for done in range(ROUNDS + 1):  # the first round is a warm-up
         for name, loop in loops.items():
             seconds = loop()
             if done:

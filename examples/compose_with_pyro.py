@@ -3,8 +3,8 @@
 Composing with Pyro's transforms
 ================================
 
-Couplings stand between Pyro's own transforms, as a density and as a variational guide. All parameters are found, every
-network is evaluated once, and no cache needs clearing.
+Couplings and Pyro's own transforms form one bijection, first as a density and then as a variational guide. ``Compose``
+registers all parameters, evaluates every network once, and leaves no cache to clear.
 """
 
 import argparse
@@ -30,13 +30,14 @@ pyro.set_rng_seed(0)
 # %%
 # As a density
 # ------------
-# An S. A spline, couplings, a permutation, reflections, and a last affine map, which brings the data to scale.
+# The data have the shape of an S. The flow is a spline, couplings with a permutation and reflections between them, and
+# an affine map that gives the samples the scale of the data.
 points, _ = make_s_curve(3000, noise=0.1, random_state=0)
 x = torch.tensor(points[:, [0, 2]] * 5 + 10, dtype=torch.float32)
 
 
 def flow_of(dim: int, num_couplings: int = 4) -> Compose:
-    """Base to data: our couplings between Pyro's transforms."""
+    """From base to data: couplings of this package, with Pyro's transforms between them."""
     return Compose(
         [
             real_nvp(dim, num_couplings=num_couplings),
@@ -59,7 +60,7 @@ print(f"held-out negative log-likelihood: {history.best_loss:.3f} nats")
 # %%
 # As a guide
 # ----------
-# A posterior in the shape of a banana, under ``AutoNormalizingFlow``.
+# Pyro's ``AutoNormalizingFlow`` takes the same function and fits a posterior that has the shape of a banana.
 
 
 def model():
@@ -76,7 +77,8 @@ print(f"evidence lower bound: {-sum(losses[-100:]) / len(losses[-100:]):.3f} nat
 posterior = Predictive(model, guide=guide, num_samples=3000)()
 
 # %%
-# The density of the S, data beside samples, and the posterior: the line is where the likelihood peaks.
+# The pictures show the density of the S, the data beside samples, and the posterior. The line is the ridge of the
+# likelihood.
 fig, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
 plots.plot_density(flow, x, max_points=0, ax=axes[0])
 plots.plot_samples(flow, x, axes=axes[1:3])

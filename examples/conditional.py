@@ -3,8 +3,8 @@
 Conditional densities
 =====================
 
-What is x, given c? A regression answers with one number; a conditional density knows when there are two answers. First
-one that scikit-learn's conventions suffice for, then a flow in the plane that turns with an angle.
+What is x, given c? A regression answers with one number, while a conditional density can give two answers. The first
+part fits one with the scikit-learn estimator; the second fits a flow in the plane that turns with an angle.
 """
 
 import argparse
@@ -29,7 +29,8 @@ pyro.set_rng_seed(0)
 # %%
 # An inverse problem
 # ------------------
-# Forward it is a function: c = x + 0.3 sin(2 pi x), with noise (Bishop 1994). Backwards there are up to three x to a c.
+# In the forward direction c is a function of x with noise, c = x + 0.3 sin(2 pi x) (Bishop 1994). In the backward
+# direction up to three values of x belong to one c.
 random = np.random.default_rng(0)
 x = random.uniform(0, 1, size=(2000, 1))
 c = x + 0.3 * np.sin(2 * np.pi * x) + 0.05 * random.normal(size=x.shape)
@@ -37,8 +38,8 @@ density = RealNVPDensity(support=(0, 1), noise=0.1, num_steps=args.num_steps, ra
 mean = HistGradientBoostingRegressor(random_state=0).fit(c, x[:, 0])
 
 # %%
-# The truth is known: p(x | c) is proportional to the likelihood of c, since x is uniform. On a grid of x the
-# Kullback-Leibler divergence is a sum.
+# The true density is known here: since x is uniform, p(x | c) is proportional to the likelihood of c. On a grid of x
+# the Kullback-Leibler divergence is a sum.
 grid, contexts = (np.arange(500) + 0.5) / 500, np.linspace(0.0, 1.0, 101)
 log_p = np.stack([density.score_samples(grid[:, None], context=np.full((500, 1), context)) for context in contexts])
 truth = -((contexts[:, None] - grid - 0.3 * np.sin(2 * np.pi * grid)) ** 2) / (2 * 0.05**2)
@@ -63,7 +64,7 @@ if args.out:
 # %%
 # In the plane
 # ------------
-# Two moons, turned by an angle that each point has for itself. The context is (cos, sin) of it.
+# Each point of the two moons is turned by its own random angle. The context is the cosine and sine of that angle.
 points = torch.tensor(make_moons(5000, noise=0.08, random_state=0)[0], dtype=torch.float32) - torch.tensor([0.5, 0.25])
 angle = 2 * math.pi * torch.rand(5000)
 

@@ -3,8 +3,8 @@
 Digits
 ======
 
-A multi-scale RealNVP over integer images, conditional on the class: train, count the bits, draw, interpolate, see what
-each scale holds, and tell digits from other images.
+A multi-scale RealNVP over integer images, conditional on the class. The example trains it, counts the bits per
+dimension, draws samples, interpolates, shows what each scale holds, and tells digits from other images.
 """
 
 import argparse
@@ -39,7 +39,8 @@ pyro.set_rng_seed(0)
 # %%
 # The data
 # --------
-# 1797 images of 8 x 8 pixels with 17 levels of gray, as integers, ``(N, 1, 8, 8)``. A fifth of them is for testing.
+# There are 1797 images of 8 x 8 pixels with 17 levels of gray, as integers of shape ``(N, 1, 8, 8)``. A fifth of them
+# is the test set.
 digits = load_digits()
 shape, levels = (1, 8, 8), 17
 order = torch.randperm(len(digits.images))
@@ -50,8 +51,8 @@ x_test, labels_test, x, labels = x[:360], labels[:360], x[360:], labels[360:]
 # %%
 # The model
 # ---------
-# From base to pixels: the multi-scale flow, then the inverse logit to the pixel's range. ``DequantizedFlow`` makes of
-# this density a distribution over integer images. The class is the context.
+# From base to pixels, the multi-scale flow comes first, then the inverse logit, which maps to the range of the pixels.
+# ``DequantizedFlow`` turns this density into a distribution over integer images. The class is the context.
 flow = Flow(Compose([image_real_nvp(shape, context_dim=10), Logit().inv]))
 images = DequantizedFlow(flow, levels=levels)
 history = fit(
@@ -71,7 +72,8 @@ images.eval().requires_grad_(False)
 # %%
 # Bits per dimension
 # ------------------
-# With the class unknown, :math:`P(x) = \frac{1}{10} \sum_c P(x \mid c)`. Bayes' rule makes it a classifier, too.
+# If the class is unknown, :math:`P(x) = \frac{1}{10} \sum_c P(x \mid c)`. Bayes' rule turns the model into a
+# classifier.
 def log_prob_of_classes(x, num_samples=1):
     return torch.stack([images(one, num_samples=num_samples).log_prob(x) for one in torch.eye(10)], -1)
 
@@ -91,7 +93,8 @@ print(f"classified by Bayes' rule:    {(of_classes.argmax(-1) == labels_test).fl
 # %%
 # Samples
 # -------
-# One column for each class: above, samples; below, the same at temperature 0.7, closer to the typical.
+# Each column is one class. The first picture shows data, the others samples at temperature 1 and at temperature 0.7,
+# where they lie closer to the typical digit.
 def save(fig, name):
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,7 @@ def save(fig, name):
 
 
 def show_grid(rows, title, ax):
-    """Rows of images, side by side, with margins between them."""
+    """Draws rows of images as one picture, with margins between them."""
     grid = torch.cat([torch.cat(list(pad(row[:, 0], (1, 1, 1, 1))), 1) for row in rows])
     ax.imshow(grid, cmap="gray_r", vmin=0, vmax=levels - 1)
     ax.set(title=title, xticks=[], yticks=[])
@@ -114,7 +117,7 @@ save(fig, "samples")
 # %%
 # Interpolation
 # -------------
-# From one test image to another of its class, along a great circle of the latent space.
+# Each row leads from one test image to another of the same class, along a great circle of the latent space.
 pairs = [x_test[labels_test == k][:2] for k in range(10)]
 start, end = (torch.stack([pair[k] for pair in pairs]) for k in (0, 1))
 way = interpolate(images, start, end, 12, context=torch.eye(10))
@@ -125,8 +128,8 @@ save(fig, "interpolation")
 # %%
 # What each scale holds
 # ---------------------
-# Half of the latents leave at the first scale. Left: test images. Middle: their fine latents drawn again, the coarse
-# ones kept. Right: the other way round.
+# Half of the latents are factored out at the first, fine scale. On the left are test images. In the middle their fine
+# latents are drawn again and the coarse ones kept; on the right it is the other way round.
 bijection = flow.bijection.condition(torch.eye(10))
 latent = bijection.inv((start + 0.5) / levels)
 fine = latent_scales(shape) == 1
@@ -140,7 +143,8 @@ save(fig, "scales")
 # %%
 # In and out of distribution
 # --------------------------
-# The bits that other images take: the test digits, the same upside down, with shuffled pixels, and inverted.
+# How many bits do other images take? The test digits are compared with the same digits upside down, with shuffled
+# pixels, and with inverted levels.
 others = {
     "test digits": x_test,
     "upside down": x_test.flip(-2),

@@ -3,9 +3,9 @@
 Many processes
 ==============
 
-The same script in one process and in many: ``torchrun --nproc-per-node 4 examples/distributed.py``. Each process gets
-its share of every batch, gradients are averaged, and all of them end with the same weights. A run that was killed goes
-on from its checkpoint, bit for bit.
+The same script runs in one process or in many: ``torchrun --nproc-per-node 4 examples/distributed.py``. Each process
+gets its share of every batch, the gradients are averaged, and all processes end with the same weights. A run that was
+killed continues from its checkpoint, bit for bit.
 """
 
 import argparse
@@ -29,8 +29,8 @@ args, _ = parser.parse_known_args()
 # %%
 # Processes
 # ---------
-# torchrun starts the script several times and tells each process its rank. This is all that the script does about it;
-# ``fit`` finds the rest by itself. With GPUs the backend is ``"nccl"`` and each process takes one of them.
+# torchrun starts the script several times and tells each process its rank. The script only has to join the process
+# group, as below; ``fit`` does the rest by itself. With GPUs the backend is ``"nccl"`` and each process takes one GPU.
 many = "RANK" in os.environ
 rank = int(os.environ.get("RANK", 0))
 device = torch.device("cpu")
@@ -40,13 +40,13 @@ if many:
     if on_gpus:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-pyro.set_rng_seed(rank)  # other noise in each; the weights are those of the first
+pyro.set_rng_seed(rank)  # each process has its own noise; all start with the weights of the first
 
 # %%
 # Data that stay on the disk
 # --------------------------
-# A spiral of 200,000 points in a file. A memory-mapped array is never read as a whole: each step reads the rows of its
-# batch, and each process only its share of them.
+# The data are a spiral of 200,000 points in a file. The memory-mapped array is never read as a whole: each step reads
+# the rows of its batch, and each process only its share of them.
 folder = args.out or Path.cwd()
 folder.mkdir(parents=True, exist_ok=True)
 path = folder / "spiral.npy"
@@ -62,8 +62,8 @@ x = np.load(path, mmap_mode="r")
 # %%
 # Training
 # --------
-# The batch of 1024 is that of all processes together, so the result does not depend on how many there are. The first
-# process shows the bar and writes the checkpoints.
+# All processes together share the batch of 1024, so the result does not depend on their number. The first process shows
+# the progress bar and writes the checkpoints.
 flow = Flow(real_nvp(2, between=lambda dim: ActNorm(dim).inv))
 history = fit(
     flow,
@@ -78,8 +78,8 @@ history = fit(
 )
 
 # %%
-# What came out
-# -------------
+# The result
+# ----------
 if rank == 0:
     processes = distributed.get_world_size() if many else 1
     print(f"{processes} process(es), {len(history.loss)} steps, {history.seconds:.1f} s")

@@ -3,8 +3,8 @@
 Eight schools
 =============
 
-A flow as the guide of a hierarchical model whose posterior is a funnel: train it, ask how good it is, correct it by
-importance sampling, and compare with NUTS.
+A flow is the guide of a hierarchical model whose posterior is a funnel. The example trains it, diagnoses how good it
+is, corrects it by importance sampling, and compares it with NUTS.
 """
 
 import argparse
@@ -30,9 +30,9 @@ pyro.set_rng_seed(0)
 # %%
 # The model
 # ---------
-# The effect of coaching in eight schools, each measured with an error (Rubin 1981). The effects theta are drawn around
-# a common mean mu, with a deviation tau. In this form, "centred", theta depends on tau: where tau is small, theta has
-# little room. A normal guide cannot follow that.
+# The model describes the effect of coaching in eight schools, each measured with an error (Rubin 1981). The effects
+# theta are drawn around a common mean mu with standard deviation tau. In this "centered" form theta depends on tau:
+# if tau is small, theta has little room. A normal guide cannot follow that.
 y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
@@ -48,9 +48,9 @@ def model(y):
 # %%
 # The guide
 # ---------
-# Made from the model, trained, and judged. Pareto's k says how far the tails of the guide are from the posterior's:
-# below 0.5 they are good, above 0.7 they are not. A normal guide with all correlations, for comparison, is trained the
-# same way.
+# The guide is made from the model, trained and diagnosed. Pareto's k says how well the tails of the guide match those
+# of the posterior: below 0.5 they are good, above 0.7 they are not. For comparison, a normal guide with all
+# correlations is trained in the same way.
 guide = AutoRealNVP(model)
 history = fit_guide(guide, y, num_steps=args.num_steps, seed=0)
 diagnosis = diagnose(guide, y, num_samples=10_000)
@@ -65,7 +65,7 @@ print(diagnose(normal, y, num_samples=10_000))
 # %%
 # The reference
 # -------------
-# NUTS, on the same model with theta divided by its scale ("non-centred"), in which it has no trouble.
+# NUTS samples the same model with theta standardized by mu and tau (the "non-centered" form), which has no funnel.
 num_draws = 1000 if args.num_steps >= 100 else 10  # the short mode draws few
 noncentred = poutine.reparam(model, config={"theta": LocScaleReparam(0.0)})
 mcmc = MCMC(NUTS(noncentred), num_draws, warmup_steps=num_draws, disable_progbar=True)
@@ -74,7 +74,7 @@ nuts = mcmc.get_samples()
 nuts["theta"] = nuts["mu"][:, None] + nuts["tau"][:, None] * nuts.pop("theta_decentered")
 
 # %%
-# Means and deviations, side by side. Resampling corrects the guide's draws by their weights.
+# The table compares means and standard deviations. Resampling corrects the guide's draws by their importance weights.
 draws = {"guide": diagnosis.draws, "guide, resampled": diagnosis.resample(4000), "NUTS": nuts}
 print(f"{'':<18}" + "".join(f"{name:>22}" for name in ("log tau", "mu", "theta[0]", "theta[2]")))
 for name, sites in draws.items():
@@ -113,8 +113,9 @@ save(fig, "marginals")
 # %%
 # The funnel
 # ----------
-# Where tau is small all effects are nearly the same. The guide follows the funnel most of the way down to the neck,
-# which holds a few per cent. Resampling draws the neck more often, but cannot bring back what the guide never draws.
+# If tau is small, all effects are nearly the same. The guide follows the funnel most of the way down to the neck, which
+# holds a few percent of the posterior. Resampling draws the neck more often, but cannot reach regions that the guide
+# never draws.
 fig, axes = plt.subplots(1, 5, figsize=(18, 3.5), layout="constrained", width_ratios=[1, 1, 1, 1, 1.3])
 of_normal = diagnose(normal, y, num_samples=1000).draws
 for ax, (name, sites) in zip(axes, ({"normal guide": of_normal} | draws).items()):

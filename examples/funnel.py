@@ -3,8 +3,8 @@
 Neal's funnel
 =============
 
-A density whose scale changes a hundredfold from one end to the other. A mean-field guide, a flow guide, and NUTS in the
-coordinates of the flow guide, which is NeuTra; each against the truth, which is known here.
+The scale of this density changes a hundredfold from one end to the other. The example compares a mean-field guide, a
+flow guide, NUTS, and NUTS in the coordinates of the flow guide (NeuTra) with the true density, which is known here.
 """
 
 import argparse
@@ -32,8 +32,8 @@ num_draws = 400 if args.num_steps >= 100 else 10  # the short mode draws few
 # %%
 # The funnel
 # ----------
-# Neal (2003): v is normal with deviation 3, and exp(v/2) is the deviation of each x. Nothing is observed, so the
-# evidence is 1, its logarithm 0, and the ELBO of a guide is -KL(guide || funnel).
+# In Neal's funnel (2003) v is normal with standard deviation 3, and exp(v/2) is the standard deviation of each x.
+# Nothing is observed, so the log-evidence is 0, and the ELBO of a guide is -KL(guide || funnel).
 def model():
     v = pyro.sample("v", dist.Normal(0.0, 3.0))
     with pyro.plate("dims", 3):
@@ -43,8 +43,8 @@ def model():
 # %%
 # Two guides
 # ----------
-# Trained in the same way. The mean-field guide, a normal for each variable, can only settle somewhere in the middle,
-# and half of the steps are enough for that.
+# Both guides are trained in the same way. The mean-field guide has a normal for each variable, so it can only settle
+# somewhere in the middle of the funnel, and half of the steps are enough for that.
 guides = {"mean-field": AutoNormal(model), "AutoRealNVP": AutoRealNVP(model)}
 num_steps = {"mean-field": max(args.num_steps // 2, 1), "AutoRealNVP": args.num_steps}
 diagnoses, draws = {}, {}
@@ -57,9 +57,10 @@ for name, guide in guides.items():
 # %%
 # Exact draws
 # -----------
-# NUTS in the model's own coordinates, and in those of the flow guide. Divergences are trajectories that went wrong: the
-# steps that suit the wide part are too large for the narrow one. There may be few of them, and the draws be wrong all
-# the same: chains that do not reach the neck do not diverge in it. The effective sample size tells.
+# NUTS runs in the model's own coordinates and in those of the flow guide. Divergences are trajectories that went wrong:
+# steps that suit the wide part of the funnel are too large for the narrow part. The draws can be wrong even if there
+# are few divergences, since chains that do not reach the neck do not diverge in it. The effective sample size shows
+# this.
 started = time.perf_counter()
 kernel = NUTS(model)
 mcmc = MCMC(kernel, num_draws, warmup_steps=num_draws // 2, disable_progbar=True)
@@ -77,7 +78,7 @@ print(f"NeuTra: {posterior.divergences} divergences, {ess:.0f} effective draws o
 print(posterior)
 
 # %%
-# v, which should have mean 0 and deviation 3
+# The table shows the draws of v, which should have mean 0 and standard deviation 3.
 print(f"{'':<12}{'mean':>8}{'std':>8}{'1 %':>8}{'99 %':>8}")
 levels = torch.tensor([0.01, 0.99])
 exact = dist.Normal(0.0, 3.0)
@@ -89,7 +90,8 @@ for name, sites in draws.items():
 # %%
 # Draws over the true density
 # ---------------------------
-# Above, v and one x, whose density is in gray. Below, v alone, and its exact marginal.
+# The upper row shows v and one x over their true density, in gray. The lower row shows v alone, with its exact
+# marginal.
 fig, axes = plt.subplots(2, 4, figsize=(14, 7), layout="constrained", height_ratios=[1.6, 1], sharey="row")
 grid_x, grid_v = torch.meshgrid(torch.linspace(-30, 30, 300), torch.linspace(-10, 10, 300), indexing="xy")
 log_density = exact.log_prob(grid_v) + dist.Normal(0.0, (grid_v / 2).exp()).log_prob(grid_x)

@@ -3,8 +3,8 @@
 The posterior of a simulator
 ============================
 
-A simulator draws data from parameters, but cannot say how probable data are. A conditional flow learns the posterior
-from simulations alone, for all observations at once, and its calibration is checked with more of them.
+A simulator draws data from parameters, but cannot evaluate the likelihood of data. A conditional flow learns the
+posterior from simulations alone, for all observations at once. More simulations check its calibration.
 """
 
 import argparse
@@ -30,8 +30,9 @@ short = args.num_steps < 100  # the short mode is small everywhere
 # %%
 # The simulator
 # -------------
-# Two moons, from the literature on simulation-based inference (Greenberg et al. 2019). The parameters are uniform in a
-# square. A point on a noisy crescent is shifted by an amount that does not tell theta from its mirror image.
+# This simulator, "two moons", comes from the literature on simulation-based inference (Greenberg et al. 2019). The
+# parameters are uniform in a square. A point on a noisy crescent is shifted by an amount that is the same for theta and
+# for its mirror image.
 def draw_prior(n):
     return 2 * torch.rand(n, 2) - 1
 
@@ -53,8 +54,8 @@ x = simulate(theta)
 # %%
 # The posterior
 # -------------
-# A density of theta for each x. The flow ends in the inverse logit and a scaling, so it has no mass outside of the
-# prior's square. Maximum likelihood on simulated pairs is all there is to its training.
+# The flow is a density of theta given x. It ends in the inverse logit and a scaling, so it has no mass outside of the
+# prior's square. It is trained by maximum likelihood on simulated pairs, and by nothing else.
 to_square = [Logit(0).inv, T.AffineTransform(-1.0, 2.0)]
 bijection = real_nvp(2, context_dim=2, num_couplings=12, hidden_dims=(64, 64), activation=torch.nn.SiLU)
 posterior = Flow(Compose([bijection, *to_square], event_shape=(2,)))
@@ -66,9 +67,9 @@ print(f"that of the prior:                      {math.log(4):.3f} nats")
 # %%
 # Beside the exact posterior
 # --------------------------
-# Of this simulator the likelihood is known, so the posterior can be had on a grid. Two crescents, each the mirror image
-# of the other; they meet where the observation leaves little to fold. One flow gives them all. Between two crescents it
-# leaves a thin bridge, since it bends a normal distribution and cannot cut it.
+# The likelihood of this simulator is known, so the exact posterior can be computed on a grid. It consists of two
+# crescents, which are mirror images of each other and for some observations meet. One flow gives the posteriors of all
+# observations. It leaves a thin bridge between the crescents, since it bends a normal distribution and cannot cut it.
 num_points = 100 if short else 400
 line = (torch.arange(num_points) + 0.5) / num_points * 2 - 1
 grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
@@ -79,7 +80,7 @@ def exact_log_posterior(observed):
     u = observed - shift(grid) - torch.tensor([0.25, 0.0])
     radius = u.norm(dim=-1)
     log_likelihood = torch.distributions.Normal(0.1, 0.01).log_prob(radius) - (math.pi * radius).log()
-    log_likelihood[u[..., 0] < 0] = -math.inf  # the crescent's other half
+    log_likelihood[u[..., 0] < 0] = -math.inf  # the other half of the circle is not part of the crescent
     return log_likelihood - log_likelihood.logsumexp((0, 1)) - math.log(cell)
 
 
@@ -103,10 +104,11 @@ for ax in axes[1]:
 # %%
 # Calibration
 # -----------
-# Where the likelihood is not known, there is still simulation-based calibration (Talts et al. 2018): parameters from
-# the prior, data from them, and the rank of the parameters among draws of the posterior. If the posterior is right, all
-# ranks are equally probable. The rank of the density itself sees errors that those of single parameters may miss. So
-# many tests find errors as small as the bridges; the histograms say how large they are.
+# If the likelihood is not known, simulation-based calibration still works (Talts et al. 2018). It draws parameters from
+# the prior, simulates data from them, and ranks the parameters among draws of the posterior given these data. If the
+# posterior is right, all ranks are equally probable. The rank of the density itself can show errors that the ranks of
+# single parameters miss. With 2000 tests, even errors as small as the bridges are found; the histograms show their
+# size.
 num_tests, num_draws, num_bins = 200 if short else 2000, 99, 20
 true = draw_prior(num_tests)
 distribution = posterior(simulate(true))

@@ -4,7 +4,8 @@ Tables
 ======
 
 ``RealNVPDensity`` is a scikit-learn estimator: it goes into cross-validation, pipelines and grid searches. Here it
-learns the density of healthy tissue in 30 measurements, and finds the tumours as what is unlikely under it.
+learns the density of benign breast tissue in 30 measurements, and finds malignant tissue because it is unlikely under
+this density.
 """
 
 import argparse
@@ -29,8 +30,8 @@ args, _ = parser.parse_known_args()
 # %%
 # The data
 # --------
-# 357 benign tissues and 212 malignant ones. Two thirds of the benign ones are trained on; nobody sees a malignant one
-# before the test.
+# There are 357 benign tissues and 212 malignant ones. The models are trained on two thirds of the benign ones and see
+# no malignant one before the test.
 data = load_breast_cancer()
 benign, malignant = data.data[data.target == 1], data.data[data.target == 0]
 train, rest = train_test_split(benign, test_size=1 / 3, random_state=0)
@@ -40,8 +41,8 @@ is_malignant = np.repeat([False, True], [len(rest), len(malignant)])
 # %%
 # A density, and its hyper-parameters
 # -----------------------------------
-# The score is the mean log-likelihood of rows that were held out, in nats, so cross-validation compares anything with
-# anything. (The columns are standardised for the kernels. The flow would do that by itself, and count in other units.)
+# The score is the mean log-likelihood of held-out rows, in nats, so cross-validation can compare any two densities.
+# (The columns are standardized for the kernels. The flow would do so by itself, but score in the original units.)
 scaler = StandardScaler().fit(train)
 z = scaler.transform(train)
 folds = KFold(3, shuffle=True, random_state=0)
@@ -60,8 +61,8 @@ for parameters, score in zip(search.cv_results_["params"], search.cv_results_["m
 # %%
 # Anomalies
 # ---------
-# The less likely a row, the more anomalous. Of the rows above a threshold, precision is the part that is malignant;
-# recall is the part of the malignant ones that is found.
+# The less likely a row is, the more anomalous it is. Rows with a score above a threshold are flagged. Precision is the
+# fraction of the flagged rows that are malignant; recall is the fraction of the malignant rows that are flagged.
 forest = IsolationForest(random_state=0).fit(z)
 test = scaler.transform(test)
 scores = {
@@ -76,7 +77,8 @@ for name, score in scores.items():
 # %%
 # Pictures
 # --------
-# Precision over recall; the scores of both kinds of tissue; and two of the measurements, of real rows and of samples.
+# The pictures show precision over recall, the scores of both kinds of tissue, two of the measurements (of real rows and
+# of samples), and the loss.
 fig, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
 for name, score in scores.items():
     precision, recall, _ = precision_recall_curve(is_malignant, score)

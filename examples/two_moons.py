@@ -3,8 +3,8 @@
 Two moons
 =========
 
-A RealNVP flow learns a density from points: train, look at the density, the samples, the latent space, the way between
-them, the loss, and the reconstruction error.
+A RealNVP flow learns a density from points. The example trains it and shows the reconstruction error, the density, the
+samples, the loss, the latent space, and what the layers do.
 """
 
 import argparse
@@ -26,7 +26,7 @@ pyro.set_rng_seed(0)
 # %%
 # The data
 # --------
-# 3000 points on two half circles, with noise, standardised.
+# The data are 3000 points on two half circles with noise, standardized.
 points, labels = make_moons(3000, noise=0.05, random_state=0)
 x = torch.tensor(points, dtype=torch.float32)
 x = (x - x.mean(0)) / x.std(0)
@@ -34,7 +34,8 @@ x = (x - x.mean(0)) / x.std(0)
 # %%
 # The flow
 # --------
-# A base (a standard normal) and a bijection from base to data. Training is maximum likelihood, with a held-out part.
+# A flow joins a base (here a standard normal) and a bijection from base to data. ``fit`` trains it by maximum
+# likelihood and holds out a part of the data.
 flow = Flow(real_nvp(2))
 history = fit(flow, x, num_steps=args.num_steps, seed=0)
 print(f"held-out negative log-likelihood: {history.best_loss:.3f} nats, at step {history.best_step}")
@@ -43,7 +44,7 @@ print(f"that of a standard normal:        {Flow(real_nvp(2))().log_prob(x).mean(
 # %%
 # Exactly invertible
 # ------------------
-# Every point has a latent point, and every latent point leads back.
+# Every data point has a latent point, from which the flow returns to the data point.
 latent = flow.bijection.inv(x)
 error = (flow.bijection(latent.clone()) - x).abs().max().item()
 print(f"largest reconstruction error:     {error:.1e}")
@@ -62,7 +63,7 @@ if args.out:
 # %%
 # Data in latent space
 # --------------------
-# The two moons, in two colours, fill the base. Below, what the layers do on the way.
+# In latent space the two moons, in two colors, fill the base. The second picture shows what the layers do on the way.
 latent_axes = plots.plot_latent(flow, x, color=torch.tensor(labels))
 layers = plots.plot_layers(flow, x, color=torch.tensor(labels))
 if args.out:

@@ -3,8 +3,8 @@
 A variational autoencoder
 =========================
 
-Digits from two latent variables, four times: with a standard normal or a flow as the prior, and with a normal or a flow
-as each image's posterior. The decoder and the number of steps are the same.
+Four variational autoencoders learn digits with two latent variables. The prior is a standard normal or a flow, and the
+posterior of each image is a normal or a flow. The decoder and the number of steps are the same for all four.
 """
 
 import argparse
@@ -30,7 +30,7 @@ pyro.set_rng_seed(0)
 # %%
 # The data
 # --------
-# 1797 images of 8 x 8 pixels, integers from 0 to 16. A fifth of them is for testing.
+# There are 1797 images of 8 x 8 pixels, integers from 0 to 16. A fifth of them is the test set.
 digits = load_digits()
 order = torch.randperm(len(digits.data))
 x, labels = torch.tensor(digits.data, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
@@ -41,9 +41,10 @@ latent_dim = 2
 # %%
 # The model
 # ---------
-# The decoder gives each pixel the probabilities of a binomial distribution. The prior is a module that returns a
+# The decoder returns the logits of a binomial distribution for each pixel. The prior is a module that returns a
 # distribution: a ``Base``, which is fixed, or a ``Flow``, which is learned with the decoder. ``pyro.module`` registers
-# both. The plate draws ``batch_size`` of the images at each step, and scales their likelihood to all of them.
+# prior and decoder. At each step the plate draws ``batch_size`` of the images and scales their likelihood to the whole
+# data set.
 class VAE(nn.Module):
     def __init__(self, name, prior):
         super().__init__()
@@ -67,8 +68,8 @@ def plate(x, batch_size=None):
 # %%
 # Two guides
 # ----------
-# The encoder reads an image. It makes the mean and the deviation of a normal, or the context of a flow. The flow's
-# guide gets the plate that draws the images, and calls the encoder inside of it.
+# The encoder reads an image and returns the mean and the log-scale of a normal, or the context of a flow.
+# ``AmortizedRealNVP`` gets the plate that draws the images, and calls the encoder inside of it.
 class Encoder(nn.Sequential):
     def __init__(self, width):
         super().__init__(nn.Linear(x.shape[-1], 128), nn.Tanh(), nn.Linear(128, width))
@@ -131,9 +132,9 @@ for prior in ("normal", "flow"):
 # %%
 # Samples, and the latent space
 # -----------------------------
-# Above: means of pixels at draws of the prior. Below: the logarithm of the prior's density, and one draw of the
-# posterior of each test image, in the color of its digit. A flow as the prior goes where the images are. Where both are
-# flows, nothing fixes the scale of the latent space.
+# The upper row shows the mean pixels at draws of the prior. The lower row shows the log-density of the prior, and one
+# draw of the posterior of each test image, in the color of its digit. A flow prior moves to where the images are. If
+# both prior and posterior are flows, nothing fixes the scale of the latent space.
 fig, axes = plt.subplots(2, 4, figsize=(16, 7.5), layout="constrained")
 for (above, below), (name, (vae, guide)) in zip(axes.T, vaes.items()):
     with torch.no_grad():

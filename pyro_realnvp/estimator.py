@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The density estimator for scikit-learn."""
+"""A density estimator with the interface of scikit-learn."""
 
 import itertools
 import math
@@ -25,33 +25,33 @@ _NAMED_SUPPORTS = {"real": (None, None), "positive": (0.0, None)}
 
 
 class RealNVPDensity(DensityMixin, BaseEstimator):
-    r"""A normalizing flow as a scikit-learn estimator: :math:`\log p(x) = \log p_0(f^{-1}(x)) +
-    \log|\det \partial f^{-1} / \partial x|`, of maximum likelihood (Dinh et al. 2017, eqs. 2-8).
+    r"""A normalizing flow as a scikit-learn estimator, fitted by maximum likelihood:
+    :math:`\log p(x) = \log p_0(f^{-1}(x)) + \log|\det \partial f^{-1} / \partial x|` (Dinh et al. 2017, eqs. 2-8).
 
-    Entries are brought to the real line, standardised by the rows that are trained on, and modelled by
-    :func:`real_nvp`; all of this is in the one fitted :class:`Flow`, which gives densities in the units of X. A part of
-    the rows is held out to choose the best weights. The rows that are trained on get noise, which fades away as
-    training goes on: the fewer the rows, the earlier, and with the more noise, are the best weights found. A single
-    column is modelled by a spline.
+    The estimator maps the columns to the real line, standardizes them with the statistics of the training rows, and
+    models them by :func:`real_nvp` (a single column by a spline). The fitted :class:`Flow` contains all of these steps,
+    so that its densities are in the units of X. A fraction of the rows is held out, and the weights that score best on
+    them are kept. Noise is added to the training rows and fades away during training; if there are few rows, the best
+    weights come early, while there is still noise.
 
     Args:
-        support: where the entries of a row can be: ``"real"``, ``"positive"`` or a pair (low, high), of which either
-            may be None; or a sequence of such, one for each column; or a dict of those that are not real, by the
-            column's name or number.
-        noise: standard deviation of the noise at the start of the training, as a fraction of that of the rows in each
-            direction; 0 for none.
+        support: the range of the values: ``"real"``, ``"positive"`` or a pair (low, high), in which None stands for no
+            bound. A sequence gives each column its own range; a dict does so by column name or number and leaves the
+            other columns real.
+        noise: the standard deviation of the noise at the start of training, as a fraction of the standard deviation of
+            the rows in each direction; 0 for none.
         num_couplings, hidden_dims: as in :func:`real_nvp`.
         num_steps, batch_size, lr, weight_decay, patience, compile: as in :func:`fit`.
         validation: the fraction of the rows that is held out; 0 for none.
-        device: where to train and to evaluate; by default the CPU.
+        device: the device that trains and evaluates; by default the CPU.
         random_state: an int, a numpy ``RandomState`` or None.
         verbose: whether to show a progress bar.
 
     Attributes:
         flow_ (Flow): the fitted flow, in the units and the precision of X.
-        history_ (History): what happened in training; ``plots.plot_loss`` draws it.
-        n_features_in_ (int): the number of columns.
-        feature_names_in_ (ndarray): their names, where X had any.
+        history_ (History): the record of the training, which ``plots.plot_loss`` draws.
+        n_features_in_ (int): the number of columns of X.
+        feature_names_in_ (ndarray): the names of the columns, if X had any.
         n_context_in_ (int): the number of columns of the context, 0 for none.
 
     Example:
@@ -96,19 +96,22 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         self.verbose = verbose
 
     def fit(self, X, y=None, *, context=None, sample_weight=None) -> "RealNVPDensity":
-        """Fits a new flow.
+        """Fits a new flow to the rows of X and returns the estimator.
 
         Args:
-            X: ``(n_samples, n_features)``, an array or a data frame.
+            X: the rows, an array or a data frame of shape ``(n_samples, n_features)``.
             y: ignored.
-            context: ``(n_samples, n_context)``: the density of a row of X is that given its row of the context.
-            sample_weight: ``(n_samples,)``, not negative.
+            context: the context of each row, ``(n_samples, n_context)``. If given, the flow models the density of a row
+                of X given its row of the context.
+            sample_weight: the weight of each row, ``(n_samples,)``; not negative.
 
         Raises:
-            ValueError: missing or infinite values, a constant column, values outside of the support, too few rows.
+            ValueError: X or the context has missing or infinite values, X has a constant column, values outside of the
+                support or too few rows, the context or the weights do not have a row for each row of X, weights are
+                negative or all zero, or the support does not fit the columns.
 
         Warns:
-            RuntimeWarning: steps were skipped.
+            RuntimeWarning: Training steps were skipped because they were not finite.
         """
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=3)
         self.n_context_in_ = 0 if context is None else np.shape(context)[-1]
@@ -119,7 +122,10 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         order = random.permutation(len(X) if sample_weight is None else np.flatnonzero(sample_weight))
         num_held_out = max(1, int(self.validation * len(order))) if self.validation else 0
         if len(order) - num_held_out < 2:
-            raise ValueError(f"expected two rows to train on; got {len(order)}, of which {num_held_out} are held out")
+            raise ValueError(
+                f"expected at least two rows to train on; got {len(order)} rows, {num_held_out} of them held out: "
+                "pass more rows, or a smaller validation="
+            )
         held_out, rows = order[:num_held_out], order[num_held_out:]
         bounds = bounds_of(self.support, X.shape[1], getattr(self, "feature_names_in_", ()))
         self.low_, self.high_ = (np.array(side, X.dtype) for side in bounds)
@@ -127,7 +133,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         if len(outside):
             raise ValueError(
                 f"{len(outside)} of {len(X)} rows of X lie outside of the support, such as {outside[0]}: "
-                "pass another support=, or drop them"
+                "pass another support=, or drop these rows"
             )
         if context is not None:
             self.context_mean_ = np.average(context[rows], 0, None if sample_weight is None else sample_weight[rows])
@@ -156,11 +162,18 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         return self
 
     def score_samples(self, X, *, context=None) -> np.ndarray:
-        """log p of each row, in nats: ``(n_samples,)``; -inf outside of the support.
+        """The log-density of each row.
 
         Args:
-            X: ``(n_samples, n_features)``.
-            context: ``(n_samples, n_context)``, if there was one in :meth:`fit`.
+            X: the rows, ``(n_samples, n_features)``.
+            context: the context of each row, ``(n_samples, n_context)``; required if :meth:`fit` had one.
+
+        Returns:
+            log p in nats, ``(n_samples,)``; -inf for rows outside of the support.
+
+        Raises:
+            ValueError: The columns of X or of the context are not those of :meth:`fit`, or values are missing or
+                infinite.
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=self.low_.dtype, reset=False)
@@ -174,18 +187,25 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         return scores
 
     def score(self, X, y=None, *, context=None, sample_weight=None) -> float:
-        """The mean of :meth:`score_samples`: the higher, the better."""
+        """The mean of :meth:`score_samples`, weighted by ``sample_weight``. Higher is better."""
         scores = self.score_samples(X, context=context)
         weights = np.ones(len(scores)) if sample_weight is None else np.asarray(sample_weight)
-        return float(np.average(np.where(weights > 0, scores, 0), weights=weights))  # without weight p may be 0
+        # Rows without weight may score -inf, and 0 times -inf would make the mean nan.
+        return float(np.average(np.where(weights > 0, scores, 0), weights=weights))
 
     def sample(self, n_samples: int = 1, random_state=None, *, context=None) -> np.ndarray:
-        """Draws rows: ``(n_samples, n_features)``.
+        """Draws rows from the fitted density.
 
         Args:
-            n_samples: how many.
+            n_samples: the number of rows to draw.
             random_state: an int, a numpy ``RandomState`` or None.
-            context: ``(1, n_context)``, the same for all, or ``(n_samples, n_context)``.
+            context: the context of each row, ``(n_samples, n_context)``, or one context for all, ``(1, n_context)``.
+
+        Returns:
+            The rows, ``(n_samples, n_features)``.
+
+        Raises:
+            ValueError: ``n_samples`` is less than 1, or the columns of the context are not those of :meth:`fit`.
         """
         check_is_fitted(self)
         if n_samples < 1:
@@ -203,7 +223,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         return torch.tensor(values, device=self.device)
 
     def _make_flow(self, x: Tensor, weights: Tensor | None) -> Flow:
-        """From the base to X: what is learned, and on the way back to the units of X."""
+        """The flow from the base to X: the learned bijection, then fixed maps that return to the units of X."""
         dim = x.shape[1]
         options = {"context_dim": self.n_context_in_, "hidden_dims": self.hidden_dims}
         learned = real_nvp(dim, num_couplings=self.num_couplings, **options) if dim > 1 else spline_flow(**options)
@@ -213,7 +233,11 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         return Flow(Compose([learned, standardize.inv, *(f.inv for f in bounds)])).to(x)
 
     def _add_noise(self, flow: Flow, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """Noise that is distributed as the rows are, but for a factor that falls to zero."""
+        """A function that adds noise to a batch.
+
+        The noise is normal with the covariance of the rows, scaled by a factor that falls to zero over the training. It
+        is added in the standardized coordinates, so that no row leaves the support.
+        """
         to_data = Compose(flow.bijection.parts[1:])
         variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov()))
         factor = directions * variances.clamp(min=0).sqrt()
@@ -242,19 +266,19 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
 
 
 def _check_weights(sample_weight, X: np.ndarray) -> np.ndarray:
-    """A weight for each row; scikit-learn's own check is private."""
+    """A weight for each row, checked. (The check that scikit-learn uses itself is private.)"""
     weights = np.full(len(X), sample_weight) if isinstance(sample_weight, numbers.Number) else sample_weight
     weights = check_array(weights, dtype=X.dtype, ensure_2d=False, input_name="sample_weight")
     if weights.shape != (len(X),):
         raise ValueError(f"expected sample_weight of shape ({len(X)},); got {weights.shape}")
     if (weights < 0).any() or not (weights > 0).any():
-        raise ValueError("expected sample weights >= 0, at least one of them non-zero; got negative ones, or all zero")
+        raise ValueError("expected sample weights >= 0, at least one of them positive; got negative ones, or all zero")
     return weights
 
 
 @contextmanager
 def _seeded(random: np.random.RandomState, device: torch.device | str | None) -> Iterator[None]:
-    """Torch's generators, seeded for a while."""
+    """Seeds torch's generators, and restores their states at the end."""
     devices = [device] if device is not None and torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(int(random.randint(2**31)))
@@ -262,11 +286,15 @@ def _seeded(random: np.random.RandomState, device: torch.device | str | None) ->
 
 
 def bounds_of(support, num_columns: int, names: Sequence[str] = ()) -> tuple[list[float], list[float]]:
-    """The lower and the upper bound of each column.
+    """The lower bounds and the upper bounds of the columns, infinite where there is none.
 
     Args:
-        support: ``"real"``, ``"positive"`` or a pair (low, high) with None for no bound; or one of them for each
-            column; or a dict of those that are not real, by name or number.
+        support: as in :class:`RealNVPDensity`.
+        num_columns: the number of columns.
+        names: the names of the columns, if they have any.
+
+    Raises:
+        ValueError: The support is not of a known form, or does not fit the columns.
     """
     supports = ["real"] * num_columns
     if isinstance(support, Mapping):

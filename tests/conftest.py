@@ -20,7 +20,7 @@ DEEP = {
     "derandomize": False,
     "database": DirectoryBasedExampleDatabase(".hypothesis/examples"),
     "max_examples": 300,
-    "phases": set(Phase) - {Phase.explain},  # to explain a failure would trace all of torch
+    "phases": set(Phase) - {Phase.explain},  # Hypothesis would trace all of torch to explain a failure
 }
 hypothesis.settings.register_profile("ci", CI)
 hypothesis.settings.register_profile("quick", CI, max_examples=2)

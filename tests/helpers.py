@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files need: flows, short trainings, models with known posteriors, counts of network passes."""
+"""Helpers of several test files: flows, short trainings, models with known posteriors, counts of network passes."""
 
 import math
 import os
@@ -21,17 +21,17 @@ NETWORKS = rn.MLP, rn.ConvResNet
 
 
 def table(names, rows):
-    """`pytest.mark.parametrize` with the rows' keys as ids."""
+    """`pytest.mark.parametrize` with the keys of the rows as ids."""
     return pytest.mark.parametrize(names, list(rows.values()), ids=list(rows))
 
 
 def few(of_twenty):
-    """For expensive laws: so many examples where cheap ones get 20, and in each profile as large a part."""
+    """Settings for expensive laws: `of_twenty` examples for every 20 of cheap laws, in each profile."""
     return hypothesis.settings(max_examples=max(1, hypothesis.settings.default.max_examples * of_twenty // 20))
 
 
 def run_python(*command, **options):
-    """What another Python did, one that finds the tests' own modules and this package, and that must not fail."""
+    """Runs another Python, which finds this package and the modules of the tests. Fails if that Python fails."""
     path = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, *map(str, command)]
@@ -44,7 +44,7 @@ def run_python(*command, **options):
 
 
 def perturb(f, scale=0.2):
-    """Moves every parameter away from birth, where all flows are the identity."""
+    """Moves every parameter away from its initial value, at which all flows are the identity."""
     with torch.no_grad():
         for p in f.parameters():
             p.add_(scale * torch.randn_like(p))
@@ -52,7 +52,7 @@ def perturb(f, scale=0.2):
 
 
 def make_flow(dim=2, *, seed=None, actnorm=False, num_couplings=4, hidden_dims=(8,), **options):
-    """A small flow as it is at birth; with a seed, always the same one."""
+    """A small new flow; with a seed, always the same one."""
     if seed is not None:
         torch.manual_seed(seed)
     if actnorm:
@@ -70,14 +70,14 @@ def parameters(module):
 
 
 def assert_same_state(module, other):
-    """Bit for bit."""
+    """Asserts that two modules have the same state, bit for bit."""
     state, others_state = module.state_dict(), other.state_dict()
     assert state.keys() == others_state.keys()
     assert all(torch.equal(state[name], others_state[name]) for name in state)
 
 
 def count_evaluations(f, call):
-    """How often `call` evaluates each conditioner of f: the set of the counts."""
+    """The set of the numbers of times that `call` evaluates the conditioners of f."""
     counts = {m: 0 for m in f.modules() if isinstance(m, NETWORKS)}
     handles = [m.register_forward_hook(lambda m, *_: counts.__setitem__(m, counts[m] + 1)) for m in counts]
     try:
@@ -92,7 +92,7 @@ def count_evaluations(f, call):
 
 
 def points(number=400):
-    """Always the same rows, of two columns with other scales."""
+    """Two columns of different scales, always the same rows."""
     return torch.randn(number, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3.0]) + 1
 
 
@@ -102,7 +102,7 @@ def fit(flow, data, **options):
 
 
 def train(path=None, data=None, flow=None, stop_at=None, **options):
-    """The flow, the history and the random state after a training; nothing where it is stopped after so many steps."""
+    """The flow, the history and the random state after a training; None if the training fails at step `stop_at`."""
     flow = make_flow(seed=1, actnorm=True) if flow is None else flow
 
     def stop(history):
@@ -126,7 +126,7 @@ Y = 5.0 + 0.03 * YEAR + 0.5 * torch.randn(60, generator=torch.Generator().manual
 
 
 def uncentered(year, y):
-    """a and b correlate at -0.99997, and their scales are 2000 apart."""
+    """A linear regression whose a and b correlate at -0.99997 and whose scales differ by a factor of 2000."""
     a = pyro.sample("a", dist.Normal(0.0, 1000.0))
     b = pyro.sample("b", dist.Normal(0.0, 100.0))
     with pyro.plate("data", len(y)):

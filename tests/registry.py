@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every public bijection, as something that Hypothesis can draw. Adding a bijection is adding a line to CASES."""
+"""Hypothesis strategies for every public bijection. A new bijection needs only a new line in CASES."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Case:
     covers: type[rn.Bijection]
     make: Callable  # draw -> Bijection
     plain: bool = True  # whether all parts are our own
-    largest: float = 1e4  # values beyond saturate
+    largest: float = 1e4  # larger values saturate
 
     def __repr__(self):
         return self.name
@@ -107,7 +107,7 @@ def draw_bounds(draw):
 
 
 def event_of(f):
-    """The shape of events to test f with: 4 x 2 images where any size fits."""
+    """The event shape with which f is tested. Where f takes images of any size, they have 4 x 2 pixels."""
     return tuple(n or any_size for n, any_size in zip(f.event_shape, (4, 4, 2)))
 
 
@@ -170,7 +170,7 @@ CASES = [
 
 @st.composite
 def bijections(draw, case: Case):
-    """A case in float64 and eval mode, away from birth, with a context if it takes one."""
+    """A bijection of the case, perturbed, in float64 and eval mode, with a context if it takes one."""
     torch.manual_seed(draw(st.integers(0, 2**16), label="seed"))
     f = perturb(case.make(draw).double()).eval()
     if f.context_dim:
@@ -180,7 +180,7 @@ def bijections(draw, case: Case):
 
 
 def bounds_of(f: rn.Bijection) -> tuple[float, float]:
-    """The interval of f's inputs."""
+    """The interval in which the inputs of f lie."""
     domain = getattr(f.domain, "base_constraint", f.domain)
     if not hasattr(domain, "lower_bound"):
         return -1e9, 1e9
@@ -197,7 +197,7 @@ def fits(f: rn.Bijection, batch_shape) -> bool:
 
 @torch.no_grad()
 def saturates(f: rn.Bijection, x: torch.Tensor) -> bool:
-    """Whether an output comes so close to a bound that it has lost the digits that lead back."""
+    """Whether an output is so close to a bound that rounding has lost what the inverse needs."""
     low, high = bounds_of(f.inv)
     if high >= 1e9 or not x.numel():
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Densities against truth."""
+"""Densities of flows against the truth."""
 
 import math
 
@@ -13,7 +13,7 @@ import pyro_realnvp as rn
 
 
 def integral(log_prob, half_width=15.0, num_points=401):
-    """Of exp(log_prob) over the plane, by the trapezoidal rule."""
+    """The integral of exp(log_prob) over the plane, by the trapezoidal rule."""
     axis = torch.linspace(-half_width, half_width, num_points, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_other_bases_integrate_to_one(base):
 
 
 def test_fit_recovers_a_gaussian():
-    """To the sampling error: KL about (number of parameters) / (2 N)."""
+    """The KL is down to the sampling error, about (number of parameters) / (2 N)."""
     truth = dist.MultivariateNormal(torch.tensor([1.0, -2.0]), torch.tensor([[1.0, 0.9], [0.9, 2.0]]))
     flow = rn.Flow(rn.real_nvp(2, num_couplings=4, hidden_dims=(16,)))
     rn.fit(flow, truth.sample((4000,)), num_steps=600, lr=1e-2, seed=0, progress=False)

@@ -101,7 +101,7 @@ def test_saves_loads_and_copies():
 
 @pytest.mark.slow
 def test_compiles_with_inductor():
-    """Elsewhere the suite compiles without code generation; this is the whole way, with a second batch size."""
+    """Other tests compile without code generation. This one generates code, and tries a second batch size."""
     flow, x = moved_flow(), torch.randn(16, 2)
     score = torch.compile(lambda x: flow().log_prob(x), fullgraph=True)
     torch.testing.assert_close(score(x), flow().log_prob(x))

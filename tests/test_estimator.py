@@ -102,7 +102,7 @@ def test_a_conditional_density(dim):
 
 @pytest.mark.slow
 def test_weights_are_those_of_the_rows():
-    """Half of the rows, the left ones, weigh nothing."""
+    """The left half of the rows has weight zero."""
     data = np.concatenate([RNG.normal(-5, 1, size=(300, 2)), RNG.normal(5, 1, size=(300, 2))])
     weights = np.repeat([0.0, 2.0], 300)
     density = small(num_steps=200).fit(data, sample_weight=weights)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house is in order: floors, sizes, the README's code, the examples."""
+"""The project is in order: imports between folders, sizes of modules, docs, the code of the README, examples."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ from pyro_realnvp import masks, plots
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyro_realnvp"
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
-# Folder or module: what it may import from, beside itself.
+# For each folder or module, the folders and modules that it may import from, besides itself.
 MAY_IMPORT = {
     "bijections": set(),
     "saving": set(),
@@ -31,7 +31,7 @@ MAY_IMPORT = {
 
 
 def imports_of(name):
-    """The modules of the package that a module imports, as they are named in MODULES."""
+    """The modules of the package that a module imports, by their names in MODULES."""
     package = ["pyro_realnvp", *name.split("/")[:-1]]
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
@@ -61,7 +61,7 @@ def test_modules_import_in_no_circle():
 
 
 def code_lines(path):
-    """How many lines of a module are code: neither blank, nor a comment, nor in a docstring."""
+    """The number of lines of code, without blank lines, comments and docstrings."""
     source = path.read_text()
     strings = [
         node
@@ -90,7 +90,7 @@ def test_every_public_name_has_a_docstring():
 
 
 def public_names():
-    """Of the package, and of the two modules whose names it does not hand on."""
+    """The public names of the package, and of `masks` and `plots`, whose functions it does not export."""
     ours = {name: value for name, value in vars(pyro_realnvp).items() if isinstance(value, type | types.FunctionType)}
     yield from (name for name in ours if not name.startswith("_"))
     yield from (f"masks.{name}" for name in masks.__all__ if name not in ours)
@@ -99,7 +99,7 @@ def public_names():
 
 
 def test_every_public_name_is_in_the_docs():
-    """Once, as a directive of a page of the API."""
+    """Each name appears once, as a directive on a page of the API."""
     pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst"))
     documented = re.findall(r"^\.\. auto(?:class|function):: (?:pyro_realnvp\.)?([\w.]+)", pages, re.MULTILINE)
     assert sorted(documented) == sorted(public_names())
@@ -108,7 +108,7 @@ def test_every_public_name_is_in_the_docs():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_readmes_code_runs(tmp_path, monkeypatch):
-    """All blocks, one after the other, in one namespace, with short training."""
+    """All blocks run one after the other in one namespace, with short training."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 5

@@ -39,7 +39,7 @@ def test_random_masks_are_loaded_and_are_no_other_architecture(tmp_path):
 
 
 def linear():
-    """A bijection of two channels, which are half of a checkerboard, or half of four channels."""
+    """A bijection of two channels. They fit half of a checkerboard of one channel, and half of four channels."""
     return rn.InvertibleLinear(2, event_dim=3)
 
 

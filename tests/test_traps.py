@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong elsewhere, and must not go wrong here. Each trap was found in a library in use."""
+"""Faults that were found in other libraries and must not happen here."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ def test_a_stack_that_never_changes_an_entry_is_refused():
         rn.Compose([shared, shared])
     rn.Compose([coupling(masks.half(4)), rn.Permute(torch.tensor([2, 3, 0, 1])), coupling(masks.half(4))])
     rn.Compose([coupling(masks.half(4)), rn.Permute(torch.tensor([2, 3, 0, 1])).inv, coupling(masks.half(4))])
-    rn.Compose([coupling(masks.half(4)), rn.ActNorm(4)])  # one coupling is a part of something
+    rn.Compose([coupling(masks.half(4)), rn.ActNorm(4)])  # one coupling may be a part of a larger flow
 
 
 def test_scoring_after_an_edit_is_not_stale():
@@ -76,7 +76,7 @@ def test_scoring_after_an_edit_is_not_stale():
     "optimizer", [partial(torch.optim.Adam, fused=True), torch.optim.SGD], ids=["fused Adam", "SGD"]
 )
 def test_a_kept_sample_is_rescored_after_training(optimizer):
-    """Fused optimizers do not raise the version of what they write."""
+    """Fused optimizers change parameters without raising their version counters."""
     flow, x = perturb(small(3, hidden_dims=(16,))), torch.randn(5, 3)
     d = dist.TransformedDistribution(standard(3), [flow])
     opt = optimizer(flow.parameters(), lr=0.1)
@@ -153,7 +153,7 @@ def test_a_foreign_part_is_not_stale():
 
 @pytest.mark.slow
 def test_a_log_scale_beyond_the_bound_comes_back():
-    """Behind a hard clip the raw value runs away; where the gradient dies, it never returns."""
+    """Behind a hard clip the raw value runs away, and it never returns, since its gradient is zero there."""
     mask = masks.half(2)
     f = rn.AffineCoupling(mask, rn.MLP(1, 2, hidden_dims=(32,)))
     opt = torch.optim.Adam(f.parameters(), lr=1e-2)
@@ -171,11 +171,11 @@ def test_a_log_scale_beyond_the_bound_comes_back():
 
     steps_until(1e-4, -math.inf, 3000)  # the best log-scale, -9.2, lies far beyond the bound of 3
     assert f.log_scale_and_shift(torch.zeros(1, 1), None)[0].item() < -2.5
-    assert steps_until(1.0, 2.95, 3000) < 1500  # 2.84 is perfect
+    assert steps_until(1.0, 2.95, 3000) < 1500  # a perfect fit scores 2.84
 
 
 def test_float32_round_trip_of_a_deep_flow():
-    """At birth and when trained: 32 couplings, D = 20, inputs of deviation 10."""
+    """A new and a perturbed flow of 32 couplings in 20 dimensions, with inputs of standard deviation 10."""
     x = 10 * torch.randn(1000, 20)
     flow = rn.real_nvp(20, num_couplings=32)
     assert torch.equal(flow.inv(flow(x).clone()), x)
@@ -271,7 +271,7 @@ class TestNormalizationIsNotConsumedByAccident:
 
 
 def test_parameters_that_were_only_lent_are_not_remembered():
-    """functional_call puts other parameters in for the time of one call."""
+    """functional_call replaces the parameters for the duration of one call."""
     flow, x = perturb(small(3, hidden_dims=(16,))), torch.randn(5, 3)
     flow.inv(flow(x))
     with torch.no_grad():
@@ -286,7 +286,7 @@ def test_parameters_that_were_only_lent_are_not_remembered():
 
 
 def test_threads_share_a_flow():
-    """The memory of an evaluation must not mix what several threads evaluate at once."""
+    """A bijection remembers its last evaluation, and must not mix up those of several threads."""
     flow = perturb(rn.Flow(small(2, hidden_dims=(16,)))).eval()
     answers, errors = [], []
 

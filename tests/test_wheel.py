@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed is whole, also where the source is not beside it."""
+"""The installed wheel is complete: it works where the source is not at hand."""
 
 import os
 import shutil

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flows of images, and densities of integer pixels."""
+"""Flows of images, and distributions of integer images."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Densities of real images as probabilities of integer ones."""
+"""Probabilities of integer images, from densities of real ones."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,31 +14,34 @@ from ..distributions import Flow
 
 
 class Dequantized(dist.TorchDistribution):
-    r""":math:`P(x) = \int_{[0, 1)^D} p\big(\tfrac{x + u}{L}\big)\, L^{-D}\, du`: the distribution of the levels
-    0, ..., L - 1 of images whose density p lies on [0, 1]
+    r""":math:`P(x) = \int_{[0, 1)^D} p\big(\tfrac{x + u}{L}\big)\, L^{-D}\, du`: the distribution of images x with
+    integer levels 0, ..., L - 1, given a density p of real images on [0, 1]
     (Theis et al. 2016, section 3.1; Ho et al. 2019, section 3.1).
 
-    ``log_prob`` is a stochastic lower bound of log P, in nats:
+    ``log_prob`` returns a stochastic lower bound of log P, in nats:
 
     .. math:: \log \frac1K \sum_{k=1}^K \frac{p\big(\tfrac{x + u_k}{L}\big)\, L^{-D}}{q(u_k \mid x)},
         \quad u_k \sim q(u \mid x),
 
-    with q uniform (then at K = 1 the usual uniform dequantisation) or a flow (variational dequantisation). The bound
-    rises with K, to the logarithm of the integral. A sample is the level in which a sample of p lies. Where p has mass
-    outside of [0, 1], as behind ``Logit(0.05).inv``, this mass belongs to the levels 0 and L - 1 too, so that samples
-    are always levels and probabilities sum to one; the bound leaves it out.
+    where D is the number of entries of an image. The noise q is uniform (uniform dequantization) or a flow (variational
+    dequantization). In expectation the bound rises with K and tends to log P.
+
+    A sample is drawn from p and rounded down to its level. If p has mass outside of [0, 1], as it does behind
+    ``Logit(0.05).inv``, samples there get the level 0 or L - 1, so that samples are always valid levels and
+    probabilities sum to one. The bound leaves this mass out.
 
     Args:
-        distribution: of real events scaled to [0, 1]; its batch and event shapes are kept.
-        levels: L.
-        noise: q, as a function of a context that returns a reparametrised distribution on [0, 1], such as a conditional
-            :class:`Flow` that ends in ``Logit(0).inv``. The context is x, scaled to [-1, 1] and flattened, of shape
-            ``batch_shape + (D,)``. By default q is uniform.
-        num_samples: K.
+        distribution: the density p of real events scaled to [0, 1]. Its batch and event shapes are kept.
+        levels: the number of levels L.
+        noise: the noise q, a function that takes a context and returns a reparametrized distribution on [0, 1], such as
+            a conditional :class:`Flow` that ends in ``Logit(0).inv``. The context is x, scaled to [-1, 1] and
+            flattened, of shape ``batch_shape + (D,)``. By default q is uniform.
+        num_samples: the number K of noise samples in the bound.
 
     Raises:
-        TypeError: values that are not integers.
-        ValueError: values outside of 0, ..., L - 1 (under validation, Pyro's default), or of another event shape.
+        TypeError: The values are not integers.
+        ValueError: The values have another event shape, or lie outside of 0, ..., L - 1 (checked only under validation,
+            which is Pyro's default).
 
     Example:
         >>> pixels = dist.Uniform(torch.zeros(1, 2, 2), 1.0).to_event(3)
@@ -79,20 +82,21 @@ class Dequantized(dist.TorchDistribution):
         )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """A lower bound of log P(value) in nats, shaped like the batch; another draw at each call."""
+        """A lower bound of log P(value) in nats, shaped like the batch. Each call draws new noise."""
         self._check(value)
         u, log_q = self._noise(value)
         bound = self.distribution.log_prob((value + u) / self.levels) - log_q
         return bound.logsumexp(0) - math.log(self.num_samples) - self.event_shape.numel() * math.log(self.levels)
 
     def _noise(self, value: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Noise u of shape ``(K,) + value.shape``, and log q(u | value)."""
         like = _parameter(self.distribution)
         shape = (self.num_samples,)
         if self.noise is None:
             return torch.rand(shape + value.shape, dtype=like.dtype, device=like.device), 0.0
         centred = (value.to(like.dtype) + 0.5) * (2 / self.levels) - 1
         q = self.noise(centred.flatten(value.dim() - self.event_dim))
-        if hasattr(q, "rsample_and_log_prob"):  # of ours, in one pass
+        if hasattr(q, "rsample_and_log_prob"):  # a flow of this package: one pass gives both
             u, log_q = q.rsample_and_log_prob(shape)
         else:
             u = q.rsample(shape)
@@ -105,7 +109,7 @@ class Dequantized(dist.TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Integer images."""
+        """Samples of integer images."""
         return quantize(self.distribution.sample(torch.Size(sample_shape)), self.levels)
 
     def _check(self, value: Tensor) -> None:
@@ -116,22 +120,26 @@ class Dequantized(dist.TorchDistribution):
                 "pass value.long(), or score real images with the distribution inside"
             )
         check_event_shape(self, value.shape, self.event_shape)
-        if self._validate_args and not torch.compiler.is_compiling() and value.numel():  # which cannot see values
+        # Compiled code cannot branch on values, so the range is not checked there.
+        if self._validate_args and not torch.compiler.is_compiling() and value.numel():
             low, high = int(value.min()), int(value.max())
             if low < 0 or high >= self.levels:
                 raise ValueError(
                     f"Dequantized expected levels 0, ..., {self.levels - 1}; got values from {low} to {high}: "
-                    "pass levels="
+                    "check the images, or pass levels="
                 )
 
 
 def quantize(x: Tensor, levels: int) -> Tensor:
-    """The level of each value; what lies beyond [0, 1] belongs to the first and the last."""
+    """The level of each value. Values below 0 get the first level, values of 1 or more the last."""
     return (x * levels).floor().clamp(0, levels - 1).long()
 
 
 def _parameter(distribution: dist.Distribution) -> Tensor:
-    """A tensor of the distribution's dtype and device."""
+    """A tensor with the dtype and device of the distribution's values.
+
+    A transformed distribution has no parameters of its own, so its innermost base is asked for one.
+    """
     base = distribution
     while base is not None:
         for name in base.arg_constraints:
@@ -143,16 +151,19 @@ def _parameter(distribution: dist.Distribution) -> Tensor:
 
 
 class DequantizedFlow(nn.Module):
-    r"""A :class:`Flow` of real images as a model of integer ones: calling it gives a :class:`Dequantized`.
+    r"""A model of integer images, made from a :class:`Flow` of real ones: calling it returns a :class:`Dequantized`.
 
-    :func:`fit` trains it on integer images, ``(N, C, H, W)`` of any integer dtype.
+    :func:`fit` trains it on integer images of shape ``(N, C, H, W)`` and any integer dtype.
 
     Args:
-        flow: of real images, scaled to [0, 1]: its bijection should end in ``Logit().inv``.
+        flow: a flow of real images scaled to [0, 1]. Its bijection should end in ``Logit().inv``.
         levels: the number of levels.
-        noise: for variational dequantisation, a :class:`Flow` conditional on the flattened image, which is trained with
-            the other. By default the noise is uniform.
-        num_samples: of the bound; one for training.
+        noise: for variational dequantization, a :class:`Flow` conditional on the flattened image, trained together with
+            ``flow``. By default the noise is uniform.
+        num_samples: the number of noise samples in the bound. One is enough for training.
+
+    Raises:
+        TypeError: ``flow`` is not a :class:`Flow`.
 
     Example:
         >>> from pyro_realnvp import Base, Compose, Logit, image_real_nvp
@@ -161,7 +172,7 @@ class DequantizedFlow(nn.Module):
         >>> images = DequantizedFlow(flow, levels=17)
         >>> bits_per_dim(images().log_prob(torch.randint(17, (5, *shape))), shape).shape
         torch.Size([5])
-        >>> noise = Flow(  # near to uniform at birth
+        >>> noise = Flow(  # starts close to uniform
         ...     Compose([image_real_nvp(shape, hidden_channels=8, context_image=shape), Logit(0).inv]),
         ...     base=Base(dist.Normal, loc=torch.zeros(shape), scale=torch.full(shape, 1.6)),
         ... )
@@ -169,6 +180,7 @@ class DequantizedFlow(nn.Module):
     """
 
     is_discrete = True
+    """Tells :func:`fit` that the events are integer levels."""
 
     def __init__(self, flow: Flow, levels: int = 256, *, noise: Flow | None = None, num_samples: int = 1):
         super().__init__()
@@ -184,7 +196,12 @@ class DequantizedFlow(nn.Module):
     def forward(
         self, context: Tensor | None = None, *, temperature: float = 1.0, num_samples: int | None = None
     ) -> Dequantized:
-        """The distribution of images, at this context and temperature as in :class:`Flow`, and with so many samples."""
+        """Returns the distribution of integer images.
+
+        Args:
+            context, temperature: as in :meth:`Flow.forward`.
+            num_samples: the number of noise samples in the bound; by default the one of the constructor.
+        """
         return Dequantized(
             self.flow(context, temperature=temperature),
             self.levels,
@@ -194,11 +211,11 @@ class DequantizedFlow(nn.Module):
 
 
 def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
-    r""":math:`-\log P(x) / (D \ln 2)`: what it takes to store one of the D entries of an image.
+    r""":math:`-\log P(x) / (D \ln 2)`: how many bits it takes to store one of the D entries of an image.
 
     Args:
-        log_prob: in nats, of integer images.
-        image_shape: (C, H, W).
+        log_prob: the log-probability of integer images, in nats.
+        image_shape: the shape (C, H, W) of one image.
 
     Example:
         >>> bits_per_dim(torch.tensor(-8 * math.log(256.0)), (1, 2, 4))
@@ -211,19 +228,24 @@ def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
 def interpolate(
     flow: Flow | DequantizedFlow, start: Tensor, end: Tensor, num_steps: int = 8, *, context: Tensor | None = None
 ) -> Tensor:
-    r""":math:`z(t) = \frac{\sin((1 - t)\,\omega)\, z_0 + \sin(t\,\omega)\, z_1}{\sin \omega}`: the way from one image
-    to another through latent space, along a great circle; :math:`\omega` is the angle between the latents.
+    r""":math:`z(t) = \frac{\sin((1 - t)\,\omega)\, z_0 + \sin(t\,\omega)\, z_1}{\sin \omega}`: images between two
+    images, along a great circle through latent space. :math:`\omega` is the angle between the latents :math:`z_0` and
+    :math:`z_1`.
 
-    So it stays where a standard normal has its mass (compare Dinh et al. 2017, appendix D).
+    The latents on the circle stay at the radius where a standard normal has its mass; those on a straight line would
+    not (compare Dinh et al. 2017, appendix D).
 
     Args:
-        flow: of real images, or of integer ones.
-        start, end: ``batch_shape + event_shape``.
-        num_steps: images on the way, with start and end.
-        context: for a conditional flow; the same on the whole way.
+        flow: a flow of real or of integer images.
+        start, end: the images at both ends, of shape ``batch_shape + event_shape``.
+        num_steps: the number of images returned, ``start`` and ``end`` included.
+        context: the context of a conditional flow, the same for all steps.
 
     Returns:
-        ``(num_steps,) + batch_shape + event_shape``.
+        The images, of shape ``(num_steps,) + batch_shape + event_shape``.
+
+    Raises:
+        ValueError: ``num_steps`` is less than 2.
 
     Example:
         >>> from pyro_realnvp import real_nvp
@@ -241,7 +263,9 @@ def interpolate(
     norms = [torch.linalg.vector_norm(z, dim=event_axes, keepdim=True) for z in (z0, z1)]
     angle = torch.acos(((z0 * z1).sum(event_axes, keepdim=True) / (norms[0] * norms[1])).clamp(-1, 1))
     t = torch.linspace(0, 1, num_steps, dtype=z0.dtype, device=z0.device).reshape(-1, *(1,) * z0.dim())
-    small = angle < 1e-3  # where the circle is a line
+    # Where the angle is small, sin(angle) is close to zero and the arc close to a straight line, so the weights are the
+    # linear ones. The inner where keeps the division finite in the branch that the outer one discards.
+    small = angle < 1e-3
     weights = [
         torch.where(small, s, torch.sin(s * angle) / torch.sin(torch.where(small, 1.0, angle))) for s in (1 - t, t)
     ]

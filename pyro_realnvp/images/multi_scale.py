@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ready-made flows of images, from base to data: several scales, half of the entries leaving at each."""
+"""Ready-made multi-scale flows of images, from base to data: half of the entries are factored out at each scale."""
 
 from collections.abc import Callable, Sequence
 
@@ -37,45 +37,49 @@ def image_real_nvp(
     between: Callable[[int], Bijection] | None = _act_norm,
     checkpoint: bool = False,
 ) -> Bijection:
-    r"""The multi-scale RealNVP of images, base to data (Dinh et al. 2017, sections 3.4 to 3.6). Identity at birth.
+    r"""The multi-scale RealNVP of images, from base to data (Dinh et al. 2017, sections 3.4 to 3.6). A new flow is the
+    identity.
 
-    From data to latent, at each scale: ``num_couplings`` couplings with alternating checkerboards, a squeeze,
-    ``num_couplings`` with alternating halves of the channels; then half of the entries leave, every other pixel of each
-    channel (eqs. 13-14). At the last scale: one more coupling, all with checkerboards. What has left is put back where
-    it came from, so that the latent is an image of the same shape; :func:`latent_scales` says which entry left where.
+    From data to latent, each scale consists of ``num_couplings`` couplings with alternating checkerboard masks, a
+    squeeze, and ``num_couplings`` couplings with alternating channel-wise masks. Then every other pixel of each channel
+    is factored out (eqs. 13-14). The last scale has ``num_couplings`` + 1 couplings, all with checkerboard masks. The
+    factored-out entries return to their positions, so that the latent is an image of the same shape;
+    :func:`latent_scales` returns the scale of each entry.
 
-    Its data are real images without bounds. For pixels, put ``Logit().inv`` behind it, and for integer levels wrap the
-    :class:`Flow` in a :class:`DequantizedFlow`.
+    The flow models real images without bounds. For pixels in [0, 1], put ``Logit().inv`` behind it; for integer levels,
+    also wrap the :class:`Flow` in a :class:`DequantizedFlow`.
 
     Args:
-        image_shape: (C, H, W).
-        num_scales: how many scales, 1 for no squeeze; by default as many as leave 4 x 4 pixels or more. Height and
-            width must be multiples of 2 to this power.
-        num_couplings: couplings before and after each squeeze.
-        hidden_channels: channels of each coupling's :class:`ConvResNet`.
-        num_blocks: its residual blocks.
-        context_dim: width of the context for a conditional flow, 0 for none.
-        context_image: the shape (C', H, W) of a context that is an image, of the same height and width, and is given
-            flattened.
+        image_shape: the shape (C, H, W) of one image.
+        num_scales: the number of scales, 1 for no squeeze; by default the most that leave 4 x 4 pixels or more. Height
+            and width must be multiples of 2 to this power.
+        num_couplings: the number of couplings before and after each squeeze, at least 2.
+        hidden_channels: the number of hidden channels of each coupling's :class:`ConvResNet`.
+        num_blocks: the number of residual blocks of each ``ConvResNet``.
+        context_dim: the width of the context of a conditional flow, 0 for none.
+        context_image: the shape (C', H, W) of a context that is an image of the same height and width. The flow takes
+            this image flattened.
         max_log_scale: the bound of each coupling's log-scale; by default the coupling's own.
         coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling`, :class:`VolumePreservingCoupling` or a
             :class:`Coupling` of your own.
-        conditioner: makes the networks in place of ``ConvResNet``, given the numbers of channels of input and output
-            (and ``context_dim=``, or ``context_image=`` and ``context_scale=``, if there is a context). The last layer
-            of each should start at zero.
-        between: makes a bijection of so many channels that stands, from data to latent, before each coupling: by
-            default an :class:`ActNorm`, which the first training batch initialises. (The paper's has batch
-            normalisation: ``lambda channels: BatchNorm(channels, event_dim=3)``.) ``None`` for none.
-        checkpoint: compute what happens inside each coupling again in the backward pass instead of keeping it: far less
-            memory, for about a third more time.
+        conditioner: a function that makes the networks in place of ``ConvResNet``. It takes the numbers of input and
+            output channels and, if there is a context, ``context_dim=``, or ``context_image=`` and ``context_scale=``.
+            The last layer of each network should start at zero.
+        between: a function of the number of channels that makes the bijection before each coupling (from data to
+            latent); ``None`` for none. By default it makes an :class:`ActNorm`, which the first training batch
+            initializes. For the paper's batch normalization pass ``lambda channels: BatchNorm(channels, event_dim=3)``.
+        checkpoint: whether the backward pass recomputes the inside of each coupling instead of keeping it. This takes
+            far less memory, and about a third more time.
 
     Raises:
-        ValueError: an image shape that is not (C, H, W), too small or too odd for the scales.
+        ValueError: ``image_shape`` is not (C, H, W), height or width do not fit the number of scales, ``num_scales`` is
+            less than 1 or ``num_couplings`` less than 2, the context image has another height or width, or the coupling
+            does not have one of the options.
 
     Example:
         >>> flow = image_real_nvp((1, 8, 8), hidden_channels=8)
         >>> x = torch.randn(5, 1, 8, 8)
-        >>> torch.equal(flow(x), x)  # identity at birth
+        >>> torch.equal(flow(x), x)  # a new flow is the identity
         True
     """
     make = _coupling_maker(
@@ -114,13 +118,15 @@ def glow(
     conditioner: Callable[..., nn.Module] | None = None,
     checkpoint: bool = False,
 ) -> Bijection:
-    r"""The arrangement of Glow, base to data (Kingma & Dhariwal 2018, figure 2). Identity at birth.
+    r"""A flow with the layers of Glow, from base to data (Kingma & Dhariwal 2018, figure 2). A new flow is the
+    identity.
 
-    From data to latent, at each scale: a squeeze, then ``num_couplings`` times :class:`ActNorm`, a 1 x 1 convolution
-    (:class:`InvertibleLinear`) and a coupling of the channels; then half of the entries leave. What has left is put
-    back where it came from, so that the latent is an image of the same shape.
+    From data to latent, each scale consists of a squeeze and ``num_couplings`` times an :class:`ActNorm`, a 1 x 1
+    convolution (:class:`InvertibleLinear`) and a coupling with a channel-wise mask. Then half of the entries are
+    factored out, as in :func:`image_real_nvp`, so that the latent is an image of the same shape.
 
-    Args and errors are those of :func:`image_real_nvp`. Of the couplings there are ``num_couplings`` at each scale.
+    Args and errors are those of :func:`image_real_nvp`, except that ``num_couplings`` is the number of couplings of
+    each scale, and that there is no ``between``.
 
     Example:
         >>> flow = glow((3, 8, 8), num_couplings=2, hidden_channels=8)
@@ -144,11 +150,13 @@ def glow(
 
 
 def latent_scales(image_shape: Sequence[int], *, num_scales: int | None = None) -> Tensor:
-    """At which scale each latent entry of an :func:`image_real_nvp` or :func:`glow` left: 1 the finest.
+    """The scale at which each latent entry of an :func:`image_real_nvp` or :func:`glow` is factored out.
+
+    The finest scale is 1. The last scale holds all entries that were not factored out before.
 
     Args:
-        image_shape: (C, H, W).
-        num_scales: as it was given to the flow.
+        image_shape: the shape (C, H, W) of one image.
+        num_scales: the number of scales that was passed to the flow.
 
     Returns:
         Integers of shape (C, H, W).
@@ -176,9 +184,15 @@ def _multi_scale(
     checkpoint: bool,
     scale: int = 1,
 ) -> Compose:
-    """Data to latent: at each scale its layers, then half of the entries leave.
+    """The flow from data to latent: the layers of each scale, then the rest after half of the entries are factored out.
 
-    The layers are made for so many channels, networks on images so many times smaller, and the last scale or not.
+    Args:
+        shape: the shape (C, H, W) of the images at this scale.
+        num_scales: the number of scales from this one on.
+        layers: a function that makes the layers of a scale. It takes the number of channels, how many times smaller
+            than the whole image the squeezed image is, and whether this is the last scale.
+        checkpoint: as in :func:`image_real_nvp`.
+        scale: how many times smaller the images at this scale are than the whole image.
     """
     channels, height, width = shape
     leave = []
@@ -193,7 +207,11 @@ def _multi_scale(
 def _coupling_maker(
     image_shape, coupling, conditioner, hidden_channels, num_blocks, context_dim, context_image, max_log_scale
 ) -> Callable[[Mask, int], Coupling]:
-    """Makes a coupling with its network, given the mask and how many times smaller its image is."""
+    """A function that makes a coupling and its network.
+
+    It takes the mask, and how many times smaller than the whole image the input of the network is: a network with a
+    context image must squeeze that image by this factor.
+    """
     if context_image is not None:
         if context_dim or len(context_image) != 3 or tuple(context_image[1:]) != tuple(image_shape[1:]):
             raise ValueError(
@@ -218,7 +236,7 @@ def _coupling_maker(
 
 
 def _checked(image_shape: Sequence[int], num_scales: int | None) -> tuple[torch.Size, int]:
-    """The image's shape, and the number of scales, by default the most that leave 4 x 4 pixels or more."""
+    """Checks both arguments. Without ``num_scales`` it chooses the most scales that leave 4 x 4 pixels or more."""
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"expected image_shape to be (channels, height, width); got {tuple(image_shape)}")
     size = image_shape[1:]

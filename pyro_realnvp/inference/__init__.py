@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guides: made from a model, trained, judged, and used to draw from the posterior."""
+"""Guides: how they are made from a model, trained, diagnosed, and used to sample the posterior."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guide of local latents: a flow for each row, from what an encoder says of it."""
+"""A guide for local latents: an encoder reads the data of each row and gives the context of a flow."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,27 +20,31 @@ from .base import GuideBase
 
 
 class AmortizedRealNVP(GuideBase, AutoGuide):
-    r""":math:`q(z_i \mid x_i)`, a guide of the latents of each row: a :func:`real_nvp` whose context is
+    r""":math:`q(z_i \mid x_i)`, an amortized guide: the latents of each row follow a :func:`real_nvp` with the context
     :math:`c_i = \operatorname{encoder}(x_i)`, in unconstrained coordinates.
 
-    All latent sites of the model lie under the same plates; those of a row are drawn together. Rows may be subsampled:
-    a row's posterior depends on its data only. Latents outside of the plates go to another guide, both in Pyro's
-    ``AutoGuideList``: ``AmortizedRealNVP(poutine.block(model, hide=["theta"]), encoder, ...)``.
+    All latent sites of the model must lie under the same plates; the guide draws the latents of a row jointly. Since
+    the posterior of a row depends only on its own data, the model may subsample rows. Latents outside of the plates
+    need another guide. Hide them from this one, as in
+    ``AmortizedRealNVP(poutine.block(model, hide=["theta"]), encoder, ...)``, and join both guides in Pyro's
+    ``AutoGuideList``.
 
-    Train it with :func:`fit_guide` or Pyro's ``SVI``.
+    Train the guide with :func:`fit_guide` or Pyro's ``SVI``.
 
     Args:
-        model: a Pyro model with continuous latents under plates, of constant structure.
-        encoder: a module that takes what the model takes and returns the contexts, one for each row of the plates:
-            ``plate sizes + (context_dim,)``. Where the model draws rows, it is called inside of the plates, so that
-            ``pyro.subsample`` works in it.
-        context_dim: width of the context.
-        num_couplings: couplings of the flow.
-        hidden_dims: widths of the hidden layers of each coupling; by default as in :func:`real_nvp`.
-        create_plates: as for Pyro's guides, a function of the model's arguments that makes the plates which draw rows.
+        model: a Pyro model of constant structure, with continuous latents under plates.
+        encoder: a module that takes the model's arguments and returns one context for each row of the plates, of shape
+            ``plate sizes + (context_dim,)``. If the model subsamples rows, the guide calls the encoder inside of the
+            plates, so that the encoder can use ``pyro.subsample``.
+        context_dim: the width of the context.
+        num_couplings: the number of couplings of the flow.
+        hidden_dims: the widths of the hidden layers of each coupling; by default as in :func:`real_nvp`.
+        create_plates: a function that takes the model's arguments and makes the plates that subsample rows, as in
+            Pyro's guides.
 
     Raises:
-        ValueError: latents that do not lie under the same plates; contexts of another shape.
+        ValueError: When first called: the model has no latent sites, or they do not lie under the same plates. At every
+            call: the encoder returns contexts of another shape.
 
     Example:
         >>> import pyro, torch
@@ -73,9 +77,10 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         self._options = {"num_couplings": num_couplings, "hidden_dims": hidden_dims}
 
     def make_parameters(self, args: tuple, kwargs: dict) -> None:
+        """Makes the flow, whose events are the unconstrained values of all latent sites of a row, side by side."""
         sites = list(self.prototype_trace.iter_stochastic_nodes())
         if not sites:
-            raise ValueError("the model has no latent sites: it needs no guide")
+            raise ValueError("the model has no latent sites, so it needs no guide: check the model and what it hides")
         stacks = {name: tuple(frame.name for frame in site["cond_indep_stack"]) for name, site in sites}
         if len(set(stacks.values())) > 1 or not all(stacks.values()):
             raise ValueError(
@@ -83,7 +88,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                 "poutine.block(model, hide=[...]), and give them a guide of their own in an AutoGuideList"
             )
         self._frames = [frame for frame in sites[0][1]["cond_indep_stack"] if frame.vectorized]
-        self._shapes = {}  # of each site, what an event has in unconstrained coordinates
+        self._shapes = {}  # the event shape of each site in unconstrained coordinates
         for name, site in sites:
             inverse = biject_to(site["fn"].support).inv
             value = inverse(site["value"])
@@ -96,21 +101,31 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         self.flow = Flow(Compose(parts)).to(value)
 
     def get_posterior(self, *args, **kwargs) -> dist.Distribution:
-        """The distribution of each row's latents, in unconstrained coordinates."""
+        """The distribution of each row's latents in unconstrained coordinates.
+
+        Args:
+            args, kwargs: the model's arguments, passed on to the encoder.
+        """
         return self._posterior(self.own("encoder")(*args, **kwargs))
 
     def _posterior(self, context: Tensor) -> dist.Distribution:
         return self.own("flow")(context)
 
     def forward(self, *args, **kwargs) -> dict[str, Tensor]:
-        """Draws all latent sites; takes what the model takes."""
+        """Draws all latent sites and returns their values by name.
+
+        Args:
+            args, kwargs: the model's arguments, passed on to the encoder.
+        """
         self.build(*args, **kwargs)
         encoder = self.own("encoder")
         draws_rows = any(frame.full_size not in (None, frame.size) for frame in self._frames)
+        # Plates that subsample rows, come from the caller or are shared in an AutoGuideList must be Pyro's. All other
+        # plates get the number of contexts as their size, so that a trained guide takes any number of rows.
         given = draws_rows or self.create_plates is not None or self.master is not None
         if given:
             plates = self._create_plates(*args, **kwargs)
-        else:  # as many rows as there are now
+        else:
             context = encoder(*args, **kwargs)
             plates = {
                 frame.name: pyro.plate(frame.name, context.shape[frame.dim - 1], dim=frame.dim)
@@ -136,6 +151,10 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             )
 
     def _unpack(self, latent: Tensor):
+        """Splits the draws of the flow into the sites, and yields each site's name and its value in the model.
+
+        The flow's density is one of unconstrained values, so each site adds the ladj of the inverse transform.
+        """
         entries = latent.split([shape.numel() for shape in self._shapes.values()], -1)
         for (name, shape), part in zip(self._shapes.items(), entries):
             fn = self.prototype_trace.nodes[name]["fn"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What our guides share."""
+"""The base class of the guides of this package."""
 
 import copy
 import itertools
@@ -12,31 +12,43 @@ from ..bijections.memo import forget_param_store
 
 
 class GuideBase:
-    """What our guides share: the model as it was given, parameters of their own in Pyro's store, copies and states."""
+    """A mixin for Pyro's guides, with what the guides of this package share.
+
+    A guide keeps its model as the caller passed it, has its own parameters in Pyro's store, and can be copied, pickled
+    and loaded from a state. A subclass lists this class before the Pyro guide and implements :meth:`make_parameters`.
+
+    Args:
+        model: the Pyro model.
+        options: passed on to the Pyro guide.
+    """
 
     is_warm = False
-    """Whether it starts near the posterior, where the path derivative of the ELBO is the less noisy one."""
+    """Whether the guide starts near the posterior, where the path derivative of the ELBO has the lower variance."""
 
     draws_all_at_once = False
-    """Whether ``get_transform()`` takes one draw of ``get_base_dist()`` to all latents."""
+    """Whether ``get_transform()`` maps one draw of ``get_base_dist()`` to all latents."""
 
     def mark_trained(self) -> None:
-        """Called by :func:`fit_guide` when it has finished."""
+        """Is called by :func:`fit_guide` when the training ends. A subclass may override it."""
 
     def __init__(self, model: Callable, **options):
         super().__init__(model, **options)
-        self._plain_model = (model,)  # not a submodule
+        self._plain_model = (model,)  # a tuple, so that a model that is a module does not become a submodule
         self._store_name = _new_name(self)
 
     @property
     def plain_model(self) -> Callable:
-        """The model, as it was given."""
+        """The model as the caller passed it, without the handlers that some of Pyro's guides wrap around it."""
         if self._plain_model is None:
-            raise RuntimeError("the guide was unpickled without its model: pass model=")
+            raise RuntimeError("the guide was unpickled and has lost its model: pass model=")
         return self._plain_model[0]
 
     def build(self, *args, **kwargs) -> "GuideBase":
-        """Looks at the model and makes the parameters; returns itself. Takes what the model takes."""
+        """Traces the model once, makes the guide's parameters and returns the guide.
+
+        Args:
+            args, kwargs: the model's arguments.
+        """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         return self
@@ -46,17 +58,21 @@ class GuideBase:
         try:
             self.make_parameters(args, kwargs)
         except BaseException:
-            self.prototype_trace = None  # it is not built
+            self.prototype_trace = None  # so that a guide without parameters does not count as built
             raise
 
     def make_parameters(self, args: tuple, kwargs: dict) -> None:
-        """Makes the guide's submodules, with the prototype at hand."""
+        """Makes the guide's parameters and submodules. The model's trace is in ``self.prototype_trace``.
+
+        Args:
+            args, kwargs: the positional and the keyword arguments of the model.
+        """
         raise NotImplementedError
 
     def own(self, name: str) -> nn.Module:
-        """A submodule, registered with Pyro under a name of its own.
+        """A submodule of the guide, registered in Pyro's parameter store under the guide's own name.
 
-        Under the class's name Pyro would give a second guide the parameters of the first.
+        Under the name of the class, Pyro would give a second guide the parameters of the first.
         """
         self._check_built()
         module = self._modules[name]
@@ -77,7 +93,8 @@ class GuideBase:
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def __getstate__(self):
-        # Pyro's own drops the model from the guide itself, and the model, often a closure, cannot be pickled.
+        # The model is left out of the state, since it is often a closure and cannot be pickled. Pyro's method would
+        # delete it from the guide that is being pickled, too, so this method does not call Pyro's.
         forget_param_store(self)
         return vars(self) | dict.fromkeys(_UNPICKLED)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract beside the laws: contexts, subclasses, values that do not fit."""
+"""The contract of bijections beyond the laws: contexts, subclasses, values that do not fit."""
 
 import pyro.distributions as dist
 import pytest

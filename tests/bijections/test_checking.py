@@ -25,7 +25,7 @@ def test_pyros_own_pass():
 
 
 class Wrong(rn.Bijection):
-    """A shift with one fault."""
+    """A shift with the fault that its argument names."""
 
     def __init__(self, fault):
         super().__init__((2,))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compose: what it does beside the laws."""
+"""Compose: its behavior beyond the laws that all bijections obey."""
 
 import pyro.distributions as dist
 import pyro.distributions.transforms as T

@@ -114,7 +114,7 @@ def test_bad_input(make, error, message):
 
 
 def on_squeezed_lattice(conv: nn.Conv2d) -> nn.Conv2d:
-    """The convolution of the squeezed image that is `conv` of the image itself."""
+    """A convolution that does to the squeezed image what `conv` does to the image itself."""
     out, inp = conv.weight.shape[:2]
     squeezed = nn.Conv2d(4 * inp, 4 * out, 3, padding=1, dtype=conv.weight.dtype)
     weight = torch.zeros(out, 2, 2, inp, 2, 2, 3, 3, dtype=conv.weight.dtype)
@@ -147,7 +147,7 @@ def test_a_coupling_on_the_split_lattice_contains_the_papers_masked_form(parity)
     expected = b * x + (1 - b) * (x * s.exp() + t)
 
     first, last = on_squeezed_lattice(first), on_squeezed_lattice(last)
-    with torch.no_grad():  # what is read is kept, what is written is changed
+    with torch.no_grad():  # the network reads the kept entries and writes those that change
         first.weight = nn.Parameter(first.weight[:, mask.b])
         changed = torch.cat([~mask.b, ~mask.b])
         last.weight, last.bias = nn.Parameter(last.weight[changed]), nn.Parameter(last.bias[changed])

@@ -63,7 +63,7 @@ def test_registry_is_complete():
     public = {
         c for c in below(rn.Bijection) if c.__module__.startswith("pyro_realnvp") and not c.__name__.startswith("_")
     }
-    # A transform of Pyro's or torch's keeps only the laws that it keeps by itself; the case "mixed" has some.
+    # Foreign wraps transforms of Pyro and torch, which need not obey all laws. The case "mixed" contains some of them.
     others = {rn.Bijection, rn.Coupling, Foreign}
     assert public - others == {case.covers for case in CASES}
 
@@ -145,7 +145,7 @@ def test_one_evaluation(case, data):
     assert count_evaluations(f, lambda: flow().rsample_and_log_prob((2,))) == one
 
 
-# An edit may move the domain away from under a value, of which nan becomes both here and there.
+# An edit may change the domain, so that a value lies outside of it. Both results are nan then, and count as equal.
 assert_identical = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
 
@@ -311,7 +311,7 @@ def test_copies_and_pickles(case, data):
 @over_plain
 @given(data=st.data())
 def test_state_dict_restores_the_function(case, data):
-    """Also where masks and permutations were drawn at random: they are part of the state."""
+    """This holds for random masks and permutations too, since they are part of the state."""
     f = data.draw(bijections(case))
     x = data.draw(values(f, batch_shapes=((3,),)))
     fresh = copy.deepcopy(f)
@@ -367,7 +367,7 @@ def test_torch_func(case, data):
     f = data.draw(bijections(case))
     x = data.draw(values(f, batch_shapes=((3,),)))
     if f.forward_shape(event_of(f))[: -f.event_dim or None] != ():
-        return  # a batch of contexts
+        return  # f has a batch of contexts, which vmap over the events cannot split
     y, ladj = f.forward_and_ladj(x)
     torch.testing.assert_close(vmap(f)(x), y)
     torch.testing.assert_close(vmap(f.inv)(y), f.inverse_and_ladj(y)[0])
@@ -380,7 +380,7 @@ def test_torch_func(case, data):
         for p in clone.parameters():
             p.mul_(2)
     torch.testing.assert_close(called, clone(x))
-    torch.testing.assert_close(f(x), y, rtol=0, atol=0)  # nothing escaped
+    torch.testing.assert_close(f(x), y, rtol=0, atol=0)  # the replaced parameters have left no trace
 
 
 @pytest.mark.slow

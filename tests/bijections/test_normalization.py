@@ -10,7 +10,7 @@ import pyro_realnvp as rn
 def test_actnorm_normalizes_what_initializes_it():
     x = torch.randn(2000, 3) * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, 10.0, -3.0])
     for f in (rn.ActNorm(3).initialize(x), rn.ActNorm(3)):
-        y = f(x)  # the second is initialized by this pass
+        y = f(x)  # this pass initializes the second bijection
         torch.testing.assert_close(y.mean(0), torch.zeros(3), atol=1e-3, rtol=0)
         torch.testing.assert_close(y.std(0), torch.ones(3), atol=1e-3, rtol=0)
     x[:, 1] = 7.0
@@ -26,7 +26,7 @@ def test_batchnorm_converges_to_the_statistics_and_trains_through_them():
     torch.testing.assert_close(f.variance, x.detach().var(0), atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(f.inv(y), x, atol=1e-4, rtol=1e-4)  # exact in train mode too
     row = torch.autograd.grad(f(x)[0, 0], x)[0]
-    assert row[1, 0] != 0  # through the batch's own mean and variance
+    assert row[1, 0] != 0  # since the mean and the variance of the batch depend on every row
 
 
 def test_layers_act_on_each_channel():
@@ -36,7 +36,7 @@ def test_layers_act_on_each_channel():
     torch.testing.assert_close(y.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
     f = rn.ActNorm(3, event_dim=3)
     f(x[:1])
-    assert not f.initialized  # one image is one row
+    assert not f.initialized  # one image counts as one row, which is too few
     norm = rn.BatchNorm(3, event_dim=3, momentum=0.0)
     torch.testing.assert_close(norm(x).mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
     linear = perturb(rn.InvertibleLinear(3, event_dim=3, permutation=torch.tensor([2, 0, 1])), 0.5)

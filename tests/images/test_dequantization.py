@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dequantized: probabilities of integer images against enumeration, in Pyro models, and in training."""
+"""Dequantized: its probabilities against an enumeration of all images, its use in Pyro models, and its training."""
 
 import math
 
@@ -19,7 +19,7 @@ SHAPE = (1, 2, 2)
 
 def tiny_flow():
     glow = rn.glow(SHAPE, num_scales=1, num_couplings=2, hidden_channels=4)
-    scale = dist.transforms.AffineTransform(0.0, 0.7)  # little mass beyond [0, 1], but some
+    scale = dist.transforms.AffineTransform(0.0, 0.7)  # a little mass lies beyond [0, 1]
     return perturb(rn.Flow(rn.Compose([glow, scale, rn.Logit(0.05).inv])).double(), 0.15).requires_grad_(False).eval()
 
 
@@ -34,7 +34,10 @@ def all_images(levels):
 
 
 def probabilities(flow, levels, beyond, points=12):
-    """P of all images, by Gauss-Legendre quadrature over their cells: the outer ones with all beyond [0, 1], or not."""
+    """P of all images, by Gauss-Legendre quadrature over the cell of each image.
+
+    With `beyond`, the cells of the lowest and the highest level include the mass beyond [0, 1].
+    """
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(points))
     edges = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
     if beyond:
@@ -164,7 +167,7 @@ def test_noise_of_any_distribution():
 def test_fit_takes_integer_images():
     flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 4, 4), hidden_channels=4, num_couplings=2), rn.Logit().inv]))
     images = rn.DequantizedFlow(flow, levels=16)
-    x = torch.full((200, 1, 4, 4), 5)  # constant: no density of real values, but one of levels
+    x = torch.full((200, 1, 4, 4), 5)  # constant levels have a probability, though no density
     with torch.no_grad():
         before = -images().log_prob(x).mean()
     for data in (x, x.to(torch.uint8), x.numpy()):
@@ -255,7 +258,7 @@ def test_interpolation():
     torch.testing.assert_close(way[-1], end, atol=1e-3, rtol=1e-3)
     length = flow.bijection.inv(way).flatten(2).norm(dim=-1)
     low, high = torch.minimum(length[0], length[-1]), torch.maximum(length[0], length[-1])
-    assert (length > 0.99 * low).all() and (length < 1.01 * high).all()  # never through the middle
+    assert (length > 0.99 * low).all() and (length < 1.01 * high).all()  # the way never comes close to the center
     same = rn.interpolate(flow, start, start, 3)
     torch.testing.assert_close(same[1], start, atol=1e-3, rtol=1e-3)
     images = rn.DequantizedFlow(flow, levels=16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flows of images: what they do beside the laws."""
+"""Flows of images: their behavior beyond the laws that all bijections obey."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ ARRANGEMENTS = [
 def test_multi_scale_flows(make, shape):
     f = make(shape, hidden_channels=4).eval()
     x = torch.randn(5, *shape)
-    assert torch.equal(f(x), x) and torch.equal(f.inv(x), x)  # identity at birth
+    assert torch.equal(f(x), x) and torch.equal(f.inv(x), x)  # a new flow is the identity
     assert f.event_shape == shape and f.inv.event_shape == shape
     f = perturb(f.double(), 0.3)
     z = f.inv(x.double())
@@ -56,7 +56,7 @@ def test_latent_scales(make):
     x = torch.randn(shape)
     with torch.no_grad():
         before = f.inv(x)
-        for p in factor_outs[0].bijection.parameters():  # all that comes after the first scale
+        for p in factor_outs[0].bijection.parameters():  # the parameters of all scales after the first
             p.add_(0.1)
         after = f.inv(x)
     assert torch.equal((after != before), scales > 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoRealNVP against posteriors that are known, and all that users do with a guide."""
+"""AutoRealNVP against known posteriors, and everything that users do with a guide."""
 
 import copy
 import math
@@ -96,7 +96,7 @@ def test_a_dirichlet_site_and_a_single_dimension():
 
 
 def nested(x):
-    """Plates in plates, every posterior normal and known."""
+    """A model with nested plates, whose posteriors are all normal and known."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("groups", 3, dim=-2):
         group = pyro.sample("group", dist.Normal(mu, 1.0))
@@ -147,7 +147,7 @@ def test_flat_and_masked_priors():
 
 @pytest.mark.slow
 def test_a_trap_of_a_mode_loses_to_an_earlier_point():
-    """The density of eight schools grows without end in the neck of its funnel."""
+    """The density of eight schools is unbounded in the neck of its funnel."""
     y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
     sigma = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
 
@@ -214,7 +214,7 @@ def test_states_copies_and_pickles():
         torch.manual_seed(0)
         torch.testing.assert_close(other.sample(5), expected, rtol=0, atol=0)
     rn.fit_guide(clone, YEAR, Y, num_steps=2, progress=False)
-    rn.fit_guide(guide, YEAR, Y, num_steps=2, progress=False)  # it has kept its model
+    rn.fit_guide(guide, YEAR, Y, num_steps=2, progress=False)  # the guide has kept its model, though it was pickled
     rn.fit_guide(pickled, YEAR, Y, model=uncentered, num_steps=2, progress=False)
     with pytest.raises(RuntimeError, match="pass model="):
         rn.fit_guide(pickled, YEAR, Y, num_steps=2, progress=False)

@@ -32,7 +32,7 @@ def test_neutra_evaluates_the_flow_once_for_each_potential():
         two_modes()
 
     rn.neutra(guide, model=counted, num_samples=4, warmup_steps=2, progress=False)
-    assert counts["network"] <= counts["model"] + 2  # and once for all draws at the end of each chain
+    assert counts["network"] <= counts["model"] + 2  # one more evaluation maps all draws at the end of each chain
 
 
 @table(

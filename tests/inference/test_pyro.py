@@ -59,7 +59,7 @@ def test_a_guide_of_mixed_parts():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
 def test_a_jitted_elbo():
-    """(Not with AutoNormalizingFlow: Pyro cannot trace the parameters of any transform there, its own included.)"""
+    """The guide is not an AutoNormalizingFlow, in which Pyro cannot trace the parameters of any transform."""
     flow = rn.Flow(small(3))
 
     def guide():

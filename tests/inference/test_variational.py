@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fit_guide, flow priors, and the options that models must not have as arguments."""
+"""fit_guide, flow priors, and models whose arguments have the names of options."""
 
 import functools
 

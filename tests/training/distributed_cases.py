@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainings that give the same result in one process and in many. Under torchrun each writes its results to a file."""
+"""Trainings that give the same result in one process and in many. Under torchrun each process writes its results to a
+file."""
 
 import json
 import os
@@ -28,7 +29,7 @@ def rank():
 
 
 def train(data=X, **options):
-    torch.manual_seed(rank())  # each has other weights, until they are given those of the first
+    torch.manual_seed(rank())  # each process starts with other weights; fit copies those of the first
     between = lambda dim: rn.ActNorm(dim).inv  # noqa: E731
     context_dim = 2 if "context" in options else 0
     flow = rn.Flow(rn.real_nvp(3, num_couplings=4, hidden_dims=(8,), between=between, context_dim=context_dim)).double()
@@ -49,7 +50,7 @@ def loader():
 
 
 def callbacks():
-    """Only the last process has one."""
+    """The callbacks of this process: only the last process has one."""
     return [lambda history: len(history.loss) == 25] if rank() == processes() - 1 else []
 
 
@@ -75,7 +76,7 @@ CASES = {
 
 
 def killed_once(folder):
-    """The second process kills itself, once."""
+    """A training whose second process kills itself once."""
 
     def kill(history):
         if rank() == 1 and len(history.loss) == 25 and not (folder / "was_killed").exists():

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills a training 20 times with SIGKILL at random moments, resumes it each time, and compares it with one in peace.
+"""Kills a training 20 times with SIGKILL at random moments, resumes it each time, and compares the result with that of
+an uninterrupted training.
 
-It prints how often it killed, at how many different steps, and whether the results are the same.
+It prints the number of kills, the number of different steps at which they happened, and whether the results are equal.
 """
 
 import os
@@ -12,7 +13,7 @@ import time
 
 import helpers
 import torch
-import torch._dynamo  # which the first optimizer imports
+import torch._dynamo  # so that no child spends its time on importing it
 
 from pyro_realnvp import saving
 
@@ -34,7 +35,7 @@ if __name__ == "__main__":
     path = sys.argv[1]
     torch.set_num_threads(1)
     steps, kills = set(), 0
-    while kills < 20:  # each child is a new process, with the imports of this one
+    while kills < 20:  # each child is a fork, so it need not import anything again
         child = os.fork()
         if not child:
             train(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of trainings: resumed is the same as uninterrupted, and a bad file is refused."""
+"""Checkpoints: a resumed training ends like an uninterrupted one, and a bad file is refused."""
 
 import errno
 import os
@@ -47,7 +47,7 @@ class Noisy(rn.Flow):
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, stop_at):
     path = tmp_path / "run.pt"
     assert train(path, stop_at=stop_at) is None
-    torch.manual_seed(99)  # another process knows nothing of this one
+    torch.manual_seed(99)  # a new process has another random state
     assert_same(train(path, flow=make_flow(seed=2)), train())
 
 
@@ -152,7 +152,7 @@ def empty(path):
 
 
 def flip(path):
-    """One bit of one tensor."""
+    """Flips one bit of one tensor."""
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as file:
         largest = max(file.infolist(), key=lambda info: info.file_size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes train as one does."""
+"""Training in two processes gives the same result as in one."""
 
 import json
 

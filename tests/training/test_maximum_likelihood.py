@@ -33,7 +33,7 @@ def test_learns_and_keeps_the_best(x):
 
 
 def test_the_weights_that_stay_are_the_best_seen(x):
-    """Validation on data that training moves away from: the first validation is the best one."""
+    """The training moves away from the validation data, so the first validation is the best one."""
     flow, elsewhere = make_flow(), -x
     history = run(flow, x, validation=elsewhere, averaging=0.0)
     assert history.best_step == 20
@@ -112,7 +112,7 @@ def test_other_modules_that_return_distributions(x):
 
 
 def test_without_validation_noise_does_not_choose_earlier_weights():
-    """A stream of fresh data, of which the mean loss of 20 steps says less than what is learned in them."""
+    """The flow learns from a stream of fresh data, but the mean loss of 20 steps is too noisy to show the progress."""
     stream = (0.5 * torch.randn(8, 2) + 1 for _ in range(300))
     history = run(make_flow(), stream, num_steps=300, lr=1e-3)
     assert history.best_step == 300
@@ -154,7 +154,7 @@ def test_augment_changes_what_is_trained_on_and_nothing_else(x):
     flow = make_flow()
     history = run(flow, x, augment=shift, validation=x, batch_size=50, num_steps=200, lr=0.05)
     assert calls == [50] * 200
-    assert history.best_loss > 2.5  # the held-out rows are as they were
+    assert history.best_loss > 2.5  # the held-out rows were not augmented
     assert history.loss[-1] < history.loss[0] / 5
 
 

@@ -41,7 +41,7 @@ def test_compiled_steps_are_the_same_steps():
 
 @pytest.mark.slow
 def test_a_short_last_batch_is_not_compiled_anew():
-    """One graph for all whole batches, of which the loader has five to one short one."""
+    """One graph serves all whole batches. The loader has five of them and a short one."""
     with torch._dynamo.config.patch(error_on_recompile=True):
         loader = DataLoader(TensorDataset(X), batch_size=80)
         losses = run(loader, validation=X, compile=True)[1].loss
@@ -65,7 +65,7 @@ def test_a_flow_that_cannot_be_compiled_is_trained_as_it_is_with_one_warning():
 
 @pytest.mark.slow
 def test_without_a_compiler():
-    run(compile=True)  # the first compilation imports what warns by itself
+    run(compile=True)  # the first compilation imports modules that raise other warnings
     torch._dynamo.reset()
     with torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler"), "fx_graph_cache": False}):
         with pytest.warns(RuntimeWarning, match="uncompiled.*compiler") as caught:
@@ -80,7 +80,7 @@ def test_autocast():
     assert history.loss == pytest.approx(run()[1].loss, rel=0.05)
     assert {p.dtype for p in flow.parameters()} == {torch.float32}
     flow, history = run(autocast=torch.bfloat16, validation=X)
-    with torch.no_grad():  # validation is as exact as the flow is when it is used
+    with torch.no_grad():  # validation runs in full precision, like the flow later
         assert -flow().log_prob(X).mean().item() == pytest.approx(history.best_loss, rel=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_a_compiled_flow():
             torch.testing.assert_close(flow().log_prob(x), expected)
             torch.testing.assert_close(seeded(flow)[0], draws)
         assert counter.frame_count == 2  # one whole graph for each direction
-        for number in range(20, 30):  # other sizes: once more, for all of them
+        for number in range(20, 30):  # one more compilation serves all other batch sizes
             flow().log_prob(x[:number])
         assert counter.frame_count == 3
         clone = pickle.loads(pickle.dumps(copy.deepcopy(flow)))
@@ -125,7 +125,7 @@ def seeded(flow):
 
 @pytest.mark.slow
 def test_a_compiled_bijection_keeps_its_rules():
-    """Conditioned, its inverse, never stale."""
+    """A compiled bijection can be conditioned, its inverse is compiled too, and no result is stale."""
     flow = rn.real_nvp(2, num_couplings=2, hidden_dims=(8,), context_dim=3)
     perturb(flow, 0.3)
     x, context = torch.randn(10, 2), torch.randn(10, 3)

@@ -14,7 +14,7 @@ def run(data, flow=None, **options):
 
 
 def test_weights_are_repetitions():
-    """A full batch, so that nothing else differs."""
+    """Each step uses all rows, so that the trainings differ in nothing but weights and repetitions."""
     counts = torch.arange(400) % 3
     options = {"validation": 0, "num_steps": 20}
     flow, history = run(X.double(), make_flow(seed=1).double(), weights=counts, batch_size=400, **options)

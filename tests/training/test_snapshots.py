@@ -5,7 +5,7 @@ from pyro_realnvp.training import snapshots
 
 
 def test_the_average_is_torchs_own():
-    """Every few steps, with the decay that belongs to so many."""
+    """The average is updated once in several steps, with the decay that belongs to that number of steps."""
     for time_constant, every in ((1, 1), (5, 1), (20, 5), (200, 25), (1e5, 25)):
         average = snapshots.Average([torch.nn.Parameter(torch.zeros(2))], time_constant)
         assert isinstance(average.model, torch.optim.swa_utils.AveragedModel)
