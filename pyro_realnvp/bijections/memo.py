@@ -99,6 +99,7 @@ class Memo:
             return False
         reads = last.reads
         if not reads.is_current():
+            # Something was replaced, and only a second walk tells whether the evaluation would read the same tensors.
             reads = self._reads = _Reads(bijection)
             if not reads.same(last.reads):
                 return False
