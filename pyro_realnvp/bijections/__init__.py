@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What flows are made of: each bijection is one class."""
+"""The bijections of which flows are composed, each as one class."""

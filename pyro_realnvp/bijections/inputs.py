@@ -92,7 +92,7 @@ def check_context(bijection: nn.Module, context: Tensor | None) -> None:
     if not isinstance(context, Tensor) or context.dim() == 0 or context.shape[-1] != width:
         got = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
         labels = isinstance(context, Tensor) and not context.is_floating_point()
-        remedy = f": pass labels as torch.nn.functional.one_hot(labels, {width}).float()" if labels else ""
+        remedy = f": labels enter as torch.nn.functional.one_hot(labels, {width}).float()" if labels else ""
         raise ValueError(f"{name} expected a context of shape (..., {width}); got {got}{remedy}")
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(context.device.type):
         return
