@@ -70,9 +70,10 @@ class Logit(Bijection):
     \log|\partial y / \partial x| = \log(1 - 2\alpha) + \operatorname{softplus}(y) + \operatorname{softplus}(-y)`, for
     each entry (Dinh et al. 2017, section 4.1).
 
-    It maps pixels in [0, 1] to the real line, and 0 and 1 to finite values. In the paper's experiments,
-    :math:`1 - 2\alpha = 0.9`. Nothing is clamped, so the inverse reaches a little beyond [0, 1], from
-    :math:`-\alpha/(1 - 2\alpha)` to :math:`(1 - \alpha)/(1 - 2\alpha)`; ``domain`` is this interval.
+    It maps pixels in [0, 1] to the real line, and 0 and 1 to finite values. The default :math:`\alpha` gives
+    :math:`1 - 2\alpha = 0.9`, the data constraint of the paper's code. Nothing is clamped, so the inverse reaches a
+    little beyond [0, 1], from :math:`-\alpha/(1 - 2\alpha)` to :math:`(1 - \alpha)/(1 - 2\alpha)`; ``domain`` is this
+    interval.
 
     The direction from data to latent is forward, so a flow from base to data ends in ``Logit().inv``.
 
@@ -135,7 +136,7 @@ class Unbound(Bijection):
         ValueError: the bounds are not two vectors of the same length, or a lower bound is not below its upper bound.
 
     Example:
-        >>> f = Unbound([0.0, 0.0, -torch.inf], [torch.inf, 1.0, torch.inf])  # a positive number, a proportion, any number
+        >>> f = Unbound([0.0, 0.0, -torch.inf], [torch.inf, 1.0, torch.inf])  # positive, a proportion, unbounded
         >>> f(torch.tensor([1.0, 0.5, 7.0]))
         tensor([0., 0., 7.])
     """
