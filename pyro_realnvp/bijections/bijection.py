@@ -18,7 +18,7 @@ _DIRECTIONS = ("forward_and_ladj", "inverse_and_ladj")
 class Bijection(TransformModule):
     r"""An invertible, differentiable map :math:`y = f(x)` with :math:`\log|\det \partial y / \partial x|`.
 
-    A subclass writes only :meth:`forward_and_ladj` and :meth:`inverse_and_ladj`. This class derives from them all that
+    A subclass writes only :meth:`forward_and_ladj` and :meth:`inverse_and_ladj`. From these two, this class derives all that
     :class:`torch.distributions.Transform` asks for (``f(x)``, ``f.inv``, ``f.log_abs_det_jacobian(x, y)``,
     ``f.forward_shape``, ...), so that a bijection works in a :class:`~pyro.distributions.TransformedDistribution`, in
     SVI guides and between Pyro's own transforms.
@@ -50,7 +50,7 @@ class Bijection(TransformModule):
     """Whether each entry of the output depends only on the same entry of the input."""
 
     is_partial = False
-    """Whether the bijection leaves some entries unchanged, so that a stack of them must change different ones."""
+    """Whether the bijection leaves some entries unchanged, so that a stack needs another one that changes them."""
 
     can_be_recomputed = False
     """Whether ``Compose(checkpoint=True)`` may evaluate the bijection a second time in the backward pass."""
@@ -82,8 +82,8 @@ class Bijection(TransformModule):
         """Returns which entries of the output have been changed, given which entries of the input already were.
 
         Both are boolean tensors of the shape of one event. :class:`Compose` uses this method to refuse a stack that
-        leaves an entry unchanged. By default, an :attr:`elementwise` bijection passes the entries on, and any other
-        bijection counts as changing all of them.
+        leaves an entry unchanged. By default, an :attr:`elementwise` bijection returns `changed`, and any other bijection
+        counts as changing all entries.
         """
         return changed if self.elementwise else torch.ones_like(changed)
 

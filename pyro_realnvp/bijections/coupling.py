@@ -22,7 +22,8 @@ class Coupling(Bijection):
 
     Args:
         mask: the :class:`Mask` that says which entries are kept (b = 1) and which are changed (b = 0).
-        conditioner: a module that maps the kept entries, and the context if there is one, to the parameters.
+        conditioner: a module that maps the kept entries to the parameters. If there is a context, it is the second
+            argument.
         context_dim: the width of the context that the conditioner expects, 0 for none.
 
     Raises:
@@ -128,9 +129,10 @@ class AffineCoupling(Coupling):
 
     Args:
         mask: the :class:`Mask` that says which entries are kept (b = 1) and which are changed (b = 0).
-        conditioner: a module, such as an :class:`MLP`, that maps the kept entries, ``(..., num_kept)``, and the context
-            if there is one to ``(..., 2 * num_changed)``: all raw log-scales, then all shifts. For images it is a
-            module such as a :class:`ConvResNet`, these numbers count channels, and the shapes end in (H, W).
+        conditioner: a module, such as an :class:`MLP`, that maps the kept entries, ``(..., num_kept)``, to the outputs,
+            ``(..., 2 * num_changed)``: all raw log-scales, then all shifts. If there is a context, it is the second
+            argument. For images, use a module such as :class:`ConvResNet`: the numbers count channels, and height and
+            width follow.
         context_dim: the width of the context that the conditioner expects, 0 for none.
         max_log_scale: the bound :math:`s_{\max}` of the log-scale.
 
@@ -216,8 +218,8 @@ class AdditiveCoupling(Coupling):
 
     Args:
         mask: the :class:`Mask` that says which entries are kept (b = 1) and which are changed (b = 0).
-        conditioner: a module that maps ``(..., num_kept)``, and the context if there is one, to
-            ``(..., num_changed)``.
+        conditioner: a module that maps the kept entries, ``(..., num_kept)``, to the shifts, ``(..., num_changed)``. If
+            there is a context, it is the second argument.
         context_dim: the width of the context that the conditioner expects, 0 for none.
 
     The shapes and errors are those of :class:`AffineCoupling`.
