@@ -18,7 +18,7 @@ _DIRECTIONS = ("forward_and_ladj", "inverse_and_ladj")
 class Bijection(TransformModule):
     r"""An invertible, differentiable map :math:`y = f(x)` with :math:`\log|\det \partial y / \partial x|`.
 
-    A subclass writes only :meth:`forward_and_ladj` and :meth:`inverse_and_ladj`. From these two, this class derives all that
+    A subclass writes only :meth:`forward_and_ladj` and :meth:`inverse_and_ladj`. The base class provides all else that
     :class:`torch.distributions.Transform` asks for (``f(x)``, ``f.inv``, ``f.log_abs_det_jacobian(x, y)``,
     ``f.forward_shape``, ...), so that a bijection works in a :class:`~pyro.distributions.TransformedDistribution`, in
     SVI guides and between Pyro's own transforms.
@@ -82,8 +82,8 @@ class Bijection(TransformModule):
         """Returns which entries of the output have been changed, given which entries of the input already were.
 
         Both are boolean tensors of the shape of one event. :class:`Compose` uses this method to refuse a stack that
-        leaves an entry unchanged. By default, an :attr:`elementwise` bijection returns `changed`, and any other bijection
-        counts as changing all entries.
+        leaves an entry unchanged. By default, an :attr:`elementwise` bijection returns `changed`, and any other
+        bijection counts as changing all entries.
         """
         return changed if self.elementwise else torch.ones_like(changed)
 

@@ -30,8 +30,8 @@ class MLP(nn.Module):
         ``(..., out_features)``.
 
     Raises:
-        ValueError: a width is not positive, the widths are unequal although ``residual`` is set, or the context is
-            missing, unexpected or of the wrong width.
+        ValueError: a hidden width is not positive, the hidden widths are unequal although ``residual`` is set, or the
+            context is missing, unexpected or of the wrong width.
 
     Example:
         >>> import torch
@@ -132,8 +132,8 @@ class ConvResNet(nn.Module):
         ``(..., out_channels, H, W)``.
 
     Raises:
-        ValueError: a size is not positive, the context is missing, unexpected or of the wrong width, or the
-            ``context_image`` is not ``context_scale`` times as high and wide as the input.
+        ValueError: a number of channels or blocks is not positive, the context is missing, unexpected or of the wrong
+            width, or the ``context_image`` is not ``context_scale`` times as high and wide as the input.
 
     Example:
         >>> import torch

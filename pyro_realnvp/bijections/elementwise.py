@@ -78,8 +78,8 @@ class Logit(Bijection):
     The direction from data to latent is forward, so a flow from base to data ends in ``Logit().inv``.
 
     Args:
-        alpha: the distance :math:`\alpha` from the ends, in [0, 1/2). With 0 the bijection is the logit itself, which
-            is infinite at 0 and 1.
+        alpha: the smallest distance :math:`\alpha` of the logit's argument from 0 and 1 for pixels in [0, 1]; it is in
+            [0, 1/2). With 0 the bijection is the logit itself, which is infinite at 0 and 1.
 
     Shapes:
         Any shape to the same shape. A logit has no event axes, so its log-determinant, in nats, has one value for each
