@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bijections from which flows are built. Each is one class."""
+"""The bijections of which flows are composed, each as one class."""

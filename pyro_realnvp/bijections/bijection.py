@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of every bijection: a value comes together with its log-determinant."""
+"""The base class of all bijections: each direction returns its value together with the log-determinant."""
 
 from collections.abc import Sequence
 
@@ -18,19 +18,20 @@ _DIRECTIONS = ("forward_and_ladj", "inverse_and_ladj")
 class Bijection(TransformModule):
     r"""An invertible, differentiable map :math:`y = f(x)` with :math:`\log|\det \partial y / \partial x|`.
 
-    A subclass writes :meth:`forward_and_ladj` and :meth:`inverse_and_ladj` and nothing else. All that
+    A subclass writes only :meth:`forward_and_ladj` and :meth:`inverse_and_ladj`. The base class provides all else that
     :class:`torch.distributions.Transform` asks for (``f(x)``, ``f.inv``, ``f.log_abs_det_jacobian(x, y)``,
-    ``f.forward_shape``, ...) is written here once, so that a bijection goes into
-    :class:`~pyro.distributions.TransformedDistribution`, into SVI guides and between Pyro's own transforms.
+    ``f.forward_shape``, ...), so that a bijection works in a :class:`~pyro.distributions.TransformedDistribution`, in
+    SVI guides and between Pyro's own transforms.
 
-    ``log_prob`` evaluates a bijection once, and ``log_prob`` of a tensor that it has just made evaluates it not at all:
-    the last evaluation is remembered while its output lives, and forgotten as soon as a parameter, a buffer, the grad
-    mode or the train mode has changed. Nobody needs to call :meth:`clear_cache`. (One thing cannot be seen: a parameter
-    that is written in place through ``.data`` outside of an optimizer. Write under ``torch.no_grad()`` instead.)
+    A bijection remembers its last evaluation for as long as the output lives. So ``log_prob`` evaluates it only once,
+    and ``log_prob`` of a sample that it has just made does not evaluate it again. It forgets the evaluation as soon as
+    a parameter, a buffer, the grad mode or the train mode has changed, so you need not call :meth:`clear_cache`. It
+    cannot notice one kind of change: code outside of an optimizer that writes into a parameter in place through
+    ``.data``. Write under ``torch.no_grad()`` instead.
 
     Args:
-        event_shape: the shape of one event; ``None`` stands for "any size".
-        context_dim: the width of the context that it must be given, 0 for none.
+        event_shape: the shape of one event, in which ``None`` stands for any size.
+        context_dim: the width of the context that the bijection requires, 0 for none.
 
     Example:
         >>> class Shift(Bijection):
@@ -46,42 +47,43 @@ class Bijection(TransformModule):
     bijective = True
 
     elementwise = False
-    """Whether each entry of the output depends on one entry of the input only."""
+    """Whether each entry of the output depends only on the same entry of the input."""
 
     is_partial = False
-    """Whether some entries are changed and others left alone, so that a stack of such bijections must take turns."""
+    """Whether the bijection leaves some entries unchanged, so that a stack needs another one that changes them."""
 
     can_be_recomputed = False
-    """Whether ``Compose(checkpoint=True)`` may evaluate it a second time in the backward pass."""
+    """Whether ``Compose(checkpoint=True)`` may evaluate the bijection a second time in the backward pass."""
 
     needs_data = False
-    """Whether the next training pass in the data direction initializes the bijection from the data it sees.
-    :func:`fit` then evaluates the first batch once in eager mode, before it takes or compiles a step."""
+    """Whether the next training pass in the data direction initializes the bijection from its batch. If so,
+    :func:`fit` evaluates the first batch once in eager mode before it compiles or takes a step."""
 
     def __init__(self, event_shape: Sequence[int | None], *, context_dim: int = 0):
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.context_dim = context_dim
         for name in ("domain", "codomain"):
-            if not hasattr(type(self), name):  # a subclass may declare its own, as an attribute or a property
+            if not hasattr(type(self), name):  # A subclass may declare its own, as an attribute or a property.
                 setattr(self, name, real_events(len(self.event_shape)))
         self._memo = Memo()
 
     # -- what a subclass writes --------------------------------------------------------------------------------------
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y = f(x) and log|det dy/dx|, the latter shaped like the batch."""
+        """Returns y = f(x) and log|det dy/dx|; the log-determinant is shaped like the batch."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_and_ladj")
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x = f^{-1}(y) and log|det dx/dy|, the latter shaped like the batch."""
+        """Returns x = f^{-1}(y) and log|det dx/dy|; the log-determinant is shaped like the batch."""
         raise NotImplementedError(f"{type(self).__name__} does not define inverse_and_ladj")
 
     def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
-        """Which entries of the output depend on others, given which of the input do (boolean, shaped like the event).
+        """Returns which entries of the output have been changed, given which entries of the input already were.
 
-        :class:`Compose` uses it to refuse a stack that leaves an entry alone. By default an :attr:`elementwise`
-        bijection changes no more than was changed before, and any other changes all entries.
+        Both are boolean tensors of the shape of one event. :class:`Compose` uses this method to refuse a stack that
+        leaves an entry unchanged. By default, an :attr:`elementwise` bijection returns `changed`, and any other
+        bijection counts as changing all entries.
         """
         return changed if self.elementwise else torch.ones_like(changed)
 
@@ -89,9 +91,10 @@ class Bijection(TransformModule):
 
     @property
     def inv(self) -> "Bijection":
-        """The inverse, a module with the same parameters; ``f.inv.inv is f``."""
+        """The inverse, as a module that shares the parameters of f; ``f.inv.inv is f``."""
         if self._inv is None:
-            self.__dict__["_inv"] = Inverse(self)  # past nn.Module's registration, which would make f contain itself
+            # nn.Module's __setattr__ would register the inverse as a submodule, and f would then contain itself.
+            self.__dict__["_inv"] = Inverse(self)
         return self._inv
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -107,12 +110,15 @@ class Bijection(TransformModule):
         return self._inv_call(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det dy/dx| at x, shaped like the batch, in nats."""
+        """Returns log|det dy/dx| at x, in nats, shaped like the batch."""
         ladj = self._memo.ladj(self, x, y)
         return self._evaluate(x, forward=True)[1] if ladj is None else ladj
 
     def _evaluate(self, value: Tensor, *, forward: bool, remember: bool = True) -> tuple[Tensor, Tensor]:
-        """:meth:`forward_and_ladj` or :meth:`inverse_and_ladj` of a checked value, once per pair (x, y)."""
+        """Checks the value and returns its output and log-determinant in the given direction.
+
+        If the value is the remembered output of the opposite direction, the memory answers and nothing is evaluated.
+        """
         self._check(value, forward=forward)
         remembered = self._memo.back(self, value, forward=forward)
         if remembered is not None:
@@ -123,37 +129,37 @@ class Bijection(TransformModule):
         return output, ladj
 
     def _check(self, value: Tensor, *, forward: bool) -> None:
-        """Raises an error that says what to do where `value` does not fit (shape, dtype, device, missing context)."""
+        """Raises an error if the shape, dtype or device of `value` does not fit, or if a context is missing."""
         check_value(self, value, self.forward_shape if forward else self.inverse_shape)
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        """The shape of f(x), given that of x."""
+        """Returns the shape of f(x), given the shape of x."""
         return check_event_shape(self, shape, self.event_shape)
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        """The shape of f^{-1}(y), given that of y."""
+        """Returns the shape of f^{-1}(y), given the shape of y."""
         return check_event_shape(self, shape, self.event_shape)
 
     def with_cache(self, cache_size: int = 1) -> "Bijection":
-        """Itself: a bijection always remembers its last evaluation, and never a stale one."""
+        """Returns the bijection itself, which always remembers its last evaluation."""
         return self
 
     def clear_cache(self) -> None:
-        """Forgets the last evaluation. Never needed."""
+        """Forgets the last evaluation. You never need this, because a bijection notices when its memory is stale."""
         self._memo.clear()
 
     def condition(self, context: Tensor) -> "Bijection":
-        """The bijection at a fixed context, of shape ``batch_shape + (context_dim,)``.
+        """Returns the bijection at a fixed context of shape ``batch_shape + (context_dim,)``.
 
-        A bijection that takes no context is the same at all contexts, and returns itself.
+        A bijection that takes no context returns itself.
         """
         return Conditioned(self, context) if self.context_dim else self
 
     def compile(self, **options) -> None:
-        """Compiles both directions, each as one graph (:func:`torch.compile` with ``fullgraph=True`` and the options),
-        for whatever evaluates this bijection from now on. Copies and pickles are uncompiled.
+        """Compiles each direction as one graph, by :func:`torch.compile` with ``fullgraph=True`` and the options.
 
-        Layers that are initialised by data, as ActNorm, must be so before.
+        All later evaluations of this bijection use the compiled graphs; its copies and pickles are not compiled.
+        Initialize layers that start from data, such as ActNorm, before you compile.
         """
         for name in _DIRECTIONS:
             method = getattr(type(self), name).__get__(self)
@@ -162,21 +168,23 @@ class Bijection(TransformModule):
     def __getstate__(self) -> dict:
         forget_param_store(self)
         state = super().__getstate__() | {"_inv": None, "_memo": Memo()}
-        return {name: value for name, value in state.items() if name not in _DIRECTIONS}  # which are compiled
+        # Compiled directions lie in the state under these names and can be neither copied nor pickled.
+        return {name: value for name, value in state.items() if name not in _DIRECTIONS}
 
     __repr__ = nn.Module.__repr__
 
 
-# Pyro's ConditionalTransformedDistribution hands its context to whatever is one of these.
+# Pyro's ConditionalTransformedDistribution passes its context on to the transforms that are ConditionalTransforms.
 ConditionalTransform.register(Bijection)
 
 
 class Inverse(Bijection):
-    r""":math:`y = f^{-1}(x)`: a view of f with the same parameters and the same memory. Made by ``f.inv``."""
+    r""":math:`y = f^{-1}(x)`, a view of f that shares its parameters and its memory. ``f.inv`` makes it."""
 
     def __init__(self, bijection: Bijection):
         event_shape = bijection.event_shape
         if None not in event_shape:
+            # The events of the inverse are the outputs of f, whose shape may differ from that of its inputs.
             shape = bijection.forward_shape(event_shape)
             event_shape = shape[len(shape) - bijection.codomain.event_dim :]
         super().__init__(event_shape, context_dim=bijection.context_dim)
@@ -212,11 +220,13 @@ class Inverse(Bijection):
 
 
 class Conditioned(Bijection):
-    """y = f(x; c) at a fixed context c, whose batch shape broadcasts with that of x. Made by ``f.condition(context)``.
+    """y = f(x; c) at a fixed context c. ``f.condition(context)`` makes it.
+
+    The batch shape of the context broadcasts with that of x.
 
     Args:
         bijection: a bijection with ``context_dim > 0``.
-        context: shape ``batch_shape + (context_dim,)``.
+        context: the context c, of shape ``batch_shape + (context_dim,)``.
     """
 
     def __init__(self, bijection: Bijection, context: Tensor):
@@ -224,7 +234,7 @@ class Conditioned(Bijection):
         check_context(bijection, context)
         self.bijection = bijection
         self.domain, self.codomain = bijection.domain, bijection.codomain
-        # It moves with the module, but it is data: it has no place in a state_dict.
+        # The context moves with the module, but it is data and does not belong in a state_dict.
         self.register_buffer("context", context, persistent=False)
 
     def forward_and_ladj(self, x, context=None):
@@ -254,6 +264,6 @@ class Conditioned(Bijection):
         return batch_shape + shape[len(shape) - event_dim :]
 
     def __getstate__(self) -> dict:
-        # A context that an encoder has made belongs to a graph, which can be neither copied nor pickled.
+        # A context that comes out of an encoder carries a graph, and such a tensor can be neither copied nor pickled.
         state = super().__getstate__()
         return state | {"_buffers": state["_buffers"] | {"context": self.context.detach()}}

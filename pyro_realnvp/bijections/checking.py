@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A check to run on one's own bijection."""
+"""A check of a bijection, to run on one that you have written yourself."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from torch.distributions import Transform
 
 @dataclass
 class Report:
-    """The outcome of :func:`check_bijection`: one line for each property."""
+    """The outcome of :func:`check_bijection`, which prints as one line for each property."""
 
     name: str
     findings: list[tuple[bool, str, str]] = field(default_factory=list)
@@ -29,20 +29,23 @@ class Report:
 
 
 def check_bijection(f: Transform, x: Tensor, *, tolerance: float | None = None) -> Report:
-    r"""Checks at x that f is a bijection: :math:`f^{-1}(f(x)) = x`, :math:`f(f^{-1}(y)) = y`, the shapes,
-    :math:`\log|\det \partial y / \partial x|` against the Jacobian by autograd, and that gradients are finite.
+    r"""Checks at x that f is a bijection: :math:`f^{-1}(f(x)) = x` and :math:`f(f^{-1}(y)) = y`.
+
+    It also checks the shapes, compares :math:`\log|\det \partial y / \partial x|` with the Jacobian that autograd
+    computes, and requires finite gradients.
 
     Args:
-        f: a bijection of your own, of this package, or any transform of Pyro's or torch's. Condition it first if it
+        f: a bijection of your own or of this package, or any transform of Pyro or torch. Condition it first if it
             takes a context.
-        x: inputs, ``batch_shape + event_shape``; float64 gives the sharpest check.
-        tolerance: the largest error, relative to 1 + the size of the values; by default 1e-8 in float64, else 1e-3.
+        x: the inputs, of shape ``batch_shape + event_shape``; float64 gives the sharpest check.
+        tolerance: the largest permitted error, relative to 1 + the magnitude of the expected values; by default 1e-8
+            in float64 and 1e-3 otherwise.
 
     Returns:
-        A report; ``print`` it.
+        A report to print.
 
     Raises:
-        ValueError: a property does not hold. The message is the report.
+        ValueError: a property does not hold; the message is the report.
 
     Example:
         >>> import torch
@@ -63,7 +66,8 @@ def check_bijection(f: Transform, x: Tensor, *, tolerance: float | None = None) 
             ladj.shape == y.shape[: y.dim() - f.codomain.event_dim], "shape of log|det J|", f"{tuple(ladj.shape)}"
         )
         report.add(bool(y.isfinite().all() and ladj.isfinite().all()), "f(x) and log|det J| are finite", "")
-        back = f.inv(y.clone())  # a clone, so that no memory answers
+        # The memory of f compares tensors by identity, so that a clone makes f compute the way back.
+        back = f.inv(y.clone())
         report.add(back.shape == f.inverse_shape(y.shape), "shape of f.inv(y)", f"{tuple(back.shape)}")
         _compare(report, "f.inv(f(x)) = x", back, x, tolerance)
         _compare(report, "f(f.inv(y)) = y", f(back.clone()), y, tolerance)
@@ -97,7 +101,11 @@ def _compare(report: Report, what: str, got: Tensor, want: Tensor, tolerance: fl
 
 
 def _autograd_ladj(y: Tensor, x: Tensor, event_dim: int) -> Tensor:
-    """log|det dy/dx| of each event; the events of a batch do not depend on each other."""
+    """Returns log|det dy/dx| of each event from the Jacobian.
+
+    The events of a batch do not depend on each other, so the gradient of a sum over the batch holds one row of the
+    Jacobian of each event.
+    """
     batch_shape = y.shape[: y.dim() - event_dim]
     entries = y.reshape(*batch_shape, -1).unbind(-1) if y.numel() else ()
     rows = [torch.autograd.grad(entry.sum(), x, retain_graph=True)[0].reshape(*batch_shape, -1) for entry in entries]

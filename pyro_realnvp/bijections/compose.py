@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bijections one after the other, ours and everybody's."""
+"""The composition of bijections, including the transforms of Pyro and torch."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -21,20 +21,21 @@ class Compose(Bijection):
     r""":math:`y = (f_n \circ \dots \circ f_1)(x),\quad
     \log|\det \partial y / \partial x| = \sum_i \log|\det \partial f_i|`: the parts are applied from first to last.
 
-    The parts may be bijections of this package and transforms of Pyro's and torch's, mixed: all are registered as
-    modules, each is evaluated once, and none answers from a stale cache. A context goes to the parts that take one.
+    The parts may be bijections of this package and transforms of Pyro and torch in any mixture. Each part is evaluated
+    once per pass, its parameters belong to the composition, and it never answers from a stale cache. The parts that
+    take a context all get the same one.
 
     Args:
         parts: the transforms, in the order in which they are applied to x.
-        event_shape: the shape of the events that go in; needed only where the parts do not know it, as those of images
-            do not.
-        checkpoint: keep only the input of each coupling for the backward pass, and compute what happened inside again
-            (:mod:`torch.utils.checkpoint`): less memory, for a second evaluation of each network.
+        event_shape: the shape of the events that the first part takes. It is needed only if the parts do not know
+            their sizes, as with images.
+        checkpoint: whether the backward pass evaluates each coupling a second time from its input, which saves the
+            memory of the intermediate values (:mod:`torch.utils.checkpoint`).
 
     Raises:
-        TypeError: a part that is not a transform.
-        ValueError: a part that is not bijective, parts whose event shapes or contexts do not fit, or a stack of two or
-            more couplings that leaves an entry unchanged.
+        TypeError: a part is not a transform.
+        ValueError: a part is not bijective, the event shapes or contexts of the parts do not fit together, or a stack
+            of two or more couplings leaves an entry unchanged.
 
     Example:
         >>> import pyro.distributions.transforms as T
@@ -51,13 +52,18 @@ class Compose(Bijection):
         parts = [_adopt(part) for part in parts]
         widths = {part.context_dim for part in parts} - {0}
         if len(widths) > 1:
-            raise ValueError(f"expected parts with one width of context; got widths {sorted(widths)}")
+            raise ValueError(
+                f"expected parts with one width of context; got widths {sorted(widths)}: "
+                "build the parts with the same context_dim"
+            )
         chain = ComposeTransform(parts)
         super().__init__(_event_shape(parts, chain.domain.event_dim, event_shape), context_dim=max(widths, default=0))
         self.parts = nn.ModuleList(parts)
         self.checkpoint = checkpoint
         self.domain, self.codomain = chain.domain, chain.codomain
-        self._extra_dims = []  # for each part, how many axes of the event are batch axes to it
+        # A part with fewer event axes than the composition has here treats the others as batch axes. Their number is
+        # kept for each part, since its log-determinants must be summed over them.
+        self._extra_dims = []
         event_dim = self.domain.event_dim
         for part in parts:
             self._extra_dims.append(event_dim - part.domain.event_dim)
@@ -80,7 +86,7 @@ class Compose(Bijection):
 
     def _run_part(self, part: Bijection, call: Callable, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         context = context if part.context_dim else None
-        # A normalization that moves its statistics, for instance, must not be evaluated twice.
+        # A second evaluation would, for instance, move the statistics of a normalization twice.
         if self.checkpoint and part.can_be_recomputed and torch.is_grad_enabled():
             return checkpoint(call, x, context, use_reentrant=False)
         return call(x, context)
@@ -104,7 +110,8 @@ class Compose(Bijection):
     def _refuse_unchanged_entries(self) -> None:
         modules = (module for _, module in self.named_modules(remove_duplicate=False))
         couplings = [module for module in modules if isinstance(module, Bijection) and module.is_partial]
-        if len(couplings) < 2 or None in self.event_shape:  # one coupling is a part of something
+        # A single coupling leaves entries unchanged by design: it is meant as a part of a larger stack.
+        if len(couplings) < 2 or None in self.event_shape:
             return
         changed = self.changed_entries(torch.zeros(self.event_shape, dtype=torch.bool))
         if not changed.all():
@@ -117,7 +124,11 @@ class Compose(Bijection):
 
 
 def _adopt(part: Transform) -> Bijection:
-    """`part` as a bijection. What torch keeps out of `parameters()` and `state_dict` is taken apart."""
+    """Returns `part` as a bijection.
+
+    Torch's compositions and views of inverses, and Pyro's permutations, are not modules, so that what they hold would
+    be missing in `parameters()` and `state_dict`. They are rebuilt from bijections of this package.
+    """
     if isinstance(part, Bijection):
         return part
     if not isinstance(part, Transform):
@@ -130,12 +141,15 @@ def _adopt(part: Transform) -> Bijection:
     if isinstance(part, T.Permute) and part.dim == -1:
         return Permute(part.permutation)
     if not isinstance(part, nn.Module) and isinstance(part.inv, (nn.Module, ComposeTransform, T.Permute)):
-        return _adopt(part.inv).inv  # torch's view of an inverse, which is no module itself
+        return _adopt(part.inv).inv  # The part is torch's view of an inverse, which is not a module itself.
     return Foreign(part)
 
 
 def _event_shape(parts: list[Bijection], event_dim: int, given: Sequence[int] | None) -> tuple[int | None, ...]:
-    """The shape of the events that go into the first part, as far as it is given or known; all parts must agree."""
+    """Returns the shape of the first part's input events, in which None stands for a size that no part knows.
+
+    Without a given shape, the first part that knows its sizes determines it. All parts must agree with the result.
+    """
     event_shape = None if given is None else tuple(given)
     for k, part in enumerate(parts):
         shape = part.event_shape

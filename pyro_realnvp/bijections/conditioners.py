@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks that compute log-scale and shift."""
+"""The conditioners: the networks that compute the parameters of a coupling, such as log-scale and shift."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,25 +12,26 @@ from .shapes import squeeze
 
 
 class MLP(nn.Module):
-    r"""A perceptron :math:`h_0 = W_0 x + V c,\ h_{l+1} = W_l\,\sigma(h_l)`, zero at birth.
+    r"""A perceptron :math:`h_0 = W_0 x + V c,\ h_{l+1} = W_{l+1}\,\sigma(h_l)`, whose output is zero at first.
 
-    The last layer starts at zero, so that a coupling starts as the identity. The context enters the first layer by a
-    linear map of its own, so that it is broadcast over the batch, never copied.
+    The last layer starts at zero, so that a coupling starts as the identity. A linear map of its own, V, takes the
+    context into the first layer, so that the context broadcasts with the batch and is never copied.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        hidden_dims: widths of the hidden layers, at least one.
-        context_dim: width of the context, 0 for none.
-        activation: makes the activation, e.g. ``torch.nn.ReLU``.
+        in_features: the width of the input x.
+        out_features: the width of the output.
+        hidden_dims: the widths of the hidden layers, at least one.
+        context_dim: the width of the context c, 0 for none.
+        activation: a function without arguments that makes the activation, e.g. ``torch.nn.ReLU``.
         residual: whether each hidden layer after the first adds its input; their widths must then be equal.
 
     Shapes:
-        ``(..., in_features)`` and, broadcastable, ``(..., context_dim)`` to ``(..., out_features)``.
+        ``(..., in_features)`` and a context ``(..., context_dim)``, whose batch shapes broadcast, to
+        ``(..., out_features)``.
 
     Raises:
-        ValueError: widths that are not positive, or unequal under ``residual``; a context that is missing, unexpected
-            or of the wrong width.
+        ValueError: a hidden width is not positive, the hidden widths are unequal although ``residual`` is set, or the
+            context is missing, unexpected or of the wrong width.
 
     Example:
         >>> import torch
@@ -53,7 +54,7 @@ class MLP(nn.Module):
         if not hidden_dims or min(hidden_dims) < 1:
             raise ValueError(f"expected at least one hidden width, all positive; got hidden_dims={hidden_dims}")
         if residual and len(set(hidden_dims)) > 1:
-            raise ValueError(f"residual layers need equal widths; got hidden_dims={hidden_dims}")
+            raise ValueError(f"expected equal widths for residual layers; got hidden_dims={hidden_dims}")
         self.context_dim, self.residual = context_dim, residual
         self.first = nn.Linear(in_features, hidden_dims[0])
         self.context = nn.Linear(context_dim, hidden_dims[0], bias=False) if context_dim else None
@@ -79,10 +80,12 @@ class MLP(nn.Module):
 
 
 class WeightNormConv(nn.Conv2d):
-    r"""A convolution with the kernels :math:`w = g\, v / \lVert v \rVert`, g and v learned
-    (Salimans & Kingma 2016, eq. 2). At birth w = v. It is copied and pickled as any module, as torch's own is not.
+    r"""A convolution with the kernels :math:`w = g\, v / \lVert v \rVert`, where g and v are learned
+    (Salimans & Kingma 2016, eq. 2). At first w = v.
 
-    Arguments and shapes are those of :class:`torch.nn.Conv2d`.
+    Unlike torch's own weight normalization, it can be copied and pickled like any module.
+
+    The arguments and shapes are those of :class:`torch.nn.Conv2d`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -93,7 +96,9 @@ class WeightNormConv(nn.Conv2d):
         return torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_eager(self.weight, self.gain):  # the kernel behind torch.nn.utils.parametrizations.weight_norm
+        # The kernel behind torch.nn.utils.parametrizations.weight_norm serves eager tensors only. Compilers and
+        # torch.func take the formula.
+        if is_eager(self.weight, self.gain):
             weight = torch._weight_norm(self.weight, self.gain, 0)
         else:
             weight = self.weight * (self.gain / self._norm())
@@ -101,31 +106,34 @@ class WeightNormConv(nn.Conv2d):
 
 
 class ConvResNet(nn.Module):
-    r"""A convolutional residual network with skip connections, zero at birth (Dinh et al. 2017, section 4.1):
-    :math:`h_0 = W_0 * x + V c,\ h_{l+1} = h_l + B_l(h_l)`, and of :math:`\sum_l S_l * h_l` the last layer.
+    r"""A convolutional residual network :math:`h_0 = W_0 * x + V c,\ h_{l+1} = h_l + B_l(h_l)` with skip connections,
+    which passes :math:`\sum_l S_l * h_l` to its last layer (Dinh et al. 2017, section 4.1).
 
-    Each block B is ReLU, 3 x 3 convolution, ReLU, 3 x 3 convolution; each S is a 1 x 1 convolution; all but the last
-    layer are weight-normalised.
+    The last layer starts at zero, so that a coupling starts as the identity.
+    Each block :math:`B_l` is ReLU, 3 x 3 convolution, ReLU, 3 x 3 convolution; each :math:`S_l` is a 1 x 1 convolution.
+    :math:`W_0` and these convolutions are weight-normalized; V and the last layer, ReLU and 1 x 1 convolution, are not.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        hidden_channels: channels in between.
-        num_blocks: residual blocks.
-        context_dim: width of the context, 0 for none. It enters by a linear map, the same at all positions.
-        context_image: where the context is an image, its shape (C, H, W); the context is this image, flattened. It
-            enters by a convolution, so that each position sees what is there.
-        context_scale: how many times as high and wide as the input that image is; it is squeezed by as much.
-        batch_norm: normalise before each ReLU by the batch, as the paper does; off by default. In train mode the
-            density of an image then depends on the rest of its batch, and sampling, which sees another batch, does not
-            invert it: use ``eval`` mode for both. (With ``Compose(checkpoint=True)`` its averages move twice a step.)
+        in_channels: the number of channels of the input.
+        out_channels: the number of channels of the output.
+        hidden_channels: the number of channels of all hidden layers.
+        num_blocks: the number of residual blocks.
+        context_dim: the width of the context, 0 for none. A linear map adds the same values at all positions.
+        context_image: the shape (C, H, W) of the context, if it is an image. The context is then passed in flattened,
+            and a convolution takes it in, so that each position reads the context around it.
+        context_scale: the ratio of the height and width of that image to those of the input. The image is squeezed by
+            this factor before the convolution.
+        batch_norm: whether to normalize by the batch before each ReLU, as the paper does. In train mode the density of
+            an image then depends on the rest of its batch, and sampling does not invert it, since it sees another
+            batch: use ``eval`` mode for both. With ``Compose(checkpoint=True)`` the running averages move twice a step.
 
     Shapes:
-        ``(..., in_channels, H, W)`` and, broadcastable, ``(..., context_dim)`` to ``(..., out_channels, H, W)``.
+        ``(..., in_channels, H, W)`` and a context ``(..., context_dim)``, whose batch shapes broadcast, to
+        ``(..., out_channels, H, W)``.
 
     Raises:
-        ValueError: sizes that are not positive; a context that is missing, unexpected or of the wrong width; a
-            ``context_image`` whose size is not ``context_scale`` times the input's.
+        ValueError: a number of channels or blocks is not positive, the context is missing, unexpected or of the wrong
+            width, or the ``context_image`` is not ``context_scale`` times as high and wide as the input.
 
     Example:
         >>> import torch
@@ -190,13 +198,13 @@ class ConvResNet(nn.Module):
         return out.reshape(batch_shape + out.shape[1:])
 
     def _features(self, context: Tensor, size: torch.Size) -> Tensor:
-        """What the context adds to the hidden channels, broadcastable over the positions."""
+        """Returns the term that the context adds to the hidden channels; it broadcasts over the positions."""
         if not self.context_image:
             return self.context(context)[..., None, None]
         if self.context_image[1:] != tuple(self.context_scale * n for n in size):
             raise ValueError(
                 f"expected a context image {self.context_scale} x the input's {tuple(size)}; got one of shape "
-                f"{self.context_image}: pass context_scale="
+                f"{self.context_image}: pass its size relative to the input as context_scale="
             )
         image = squeeze(context.reshape(-1, *self.context_image), self.context_scale)
         features = self.context(image)
@@ -204,7 +212,7 @@ class ConvResNet(nn.Module):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """A batch of images in the order that convolutions are fastest with."""
+    """Returns the images with one batch axis, in the memory format in which convolutions are fastest."""
     x = x.reshape(-1, *x.shape[-3:])
     return x.to(memory_format=torch.channels_last) if is_eager(x) else x
 
@@ -212,6 +220,6 @@ def _channels_last(x: Tensor) -> Tensor:
 def _check_context(context: Tensor | None, context_dim: int) -> None:
     got = "none" if context is None else f"one of shape {tuple(context.shape)}"
     if not context_dim:
-        raise ValueError(f"expected no context; got {got}: build it with context_dim={context.shape[-1]}")
+        raise ValueError(f"expected no context; got {got}: build the network with context_dim={context.shape[-1]}")
     if context is None or context.shape[-1:] != (context_dim,):
         raise ValueError(f"expected a context of shape (..., {context_dim}); got {got}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coupling layers: one part of an event is changed by a network of the other part."""
+"""Coupling layers: a network reads one part of an event and determines how the other part is changed."""
 
 import inspect
 import math
@@ -13,21 +13,21 @@ from .shapes import broadcast_batch, sum_events
 
 
 class Coupling(Bijection):
-    r"""What all couplings share: :math:`y_b = x_b,\quad y_{1-b} = g(x_{1-b};\, \theta(x_b))`, with a map g of each
-    entry, whose parameters :math:`\theta` a network reads from the entries that the mask keeps
-    (Dinh et al. 2017, section 3.2).
+    r"""The base class of couplings: :math:`y_b = x_b,\quad y_{1-b} = g(x_{1-b};\, \theta(x_b))`, where g acts on each
+    entry and a network computes its parameters :math:`\theta` from the kept entries (Dinh et al. 2017, section 3.2).
 
     A subclass sets :attr:`outputs_per_entry` and writes :meth:`forward_and_ladj` and :meth:`inverse_and_ladj` with
-    the help of :meth:`split`, :meth:`read` and the mask's ``join``. It then goes into ``real_nvp(coupling=)`` and
-    ``image_real_nvp(coupling=)``.
+    the help of :meth:`split`, :meth:`read` and the mask's ``join``. You can then pass the class to
+    ``real_nvp(coupling=)`` and ``image_real_nvp(coupling=)``.
 
     Args:
-        mask: which entries are kept (b = 1) and which are changed.
-        conditioner: a module that maps the kept entries, and the context if there is one, to the parameters.
-        context_dim: width of the context that the conditioner expects, 0 for none.
+        mask: the :class:`Mask` that says which entries are kept (b = 1) and which are changed (b = 0).
+        conditioner: a module that maps the kept entries to the parameters. If there is a context, it is the second
+            argument.
+        context_dim: the width of the context that the conditioner expects, 0 for none.
 
     Raises:
-        TypeError: a mask that is no :class:`Mask`, or a conditioner that is no module.
+        TypeError: the mask is not a :class:`Mask`, or the conditioner is not a module.
 
     Example:
         >>> from pyro_realnvp import MLP, masks
@@ -49,7 +49,7 @@ class Coupling(Bijection):
     can_be_recomputed = True
 
     outputs_per_entry: int
-    """How many parameters each changed entry has."""
+    """The number of parameters of g for each changed entry."""
 
     def __init__(self, mask: Mask, conditioner: nn.Module, *, context_dim: int = 0):
         if not isinstance(mask, Mask):
@@ -64,18 +64,18 @@ class Coupling(Bijection):
         self.conditioner = conditioner
 
     def split(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The kept and the changed entries of x, whose batch shape is broadcast with the context's."""
+        """Returns the kept and the changed entries of x, after its batch shape is broadcast with the context's."""
         return self.mask.split(broadcast_batch(x, context, self.mask.event_dim))
 
     def read(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-        """The conditioner's output as :attr:`outputs_per_entry` tensors, each of the shape of the changed entries.
+        """Returns the conditioner's output as :attr:`outputs_per_entry` tensors of the shape of the changed entries.
 
         Raises:
-            ValueError: the conditioner returns another number of outputs.
+            ValueError: the conditioner returns an output of another shape.
         """
         mask = self.mask
         batch_shape = kept.shape[: kept.dim() - mask.event_dim]
-        if mask.event_dim > 1:  # convolutions take one axis of a batch
+        if mask.event_dim > 1:  # Convolutions take exactly one batch axis.
             kept = kept.reshape(-1, *kept.shape[kept.dim() - mask.event_dim :])
             context = None if context is None else context.expand(*batch_shape, -1).reshape(-1, context.shape[-1])
         out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
@@ -84,15 +84,16 @@ class Coupling(Bijection):
         if got != expected:
             raise ValueError(
                 f"{type(self).__name__} expected a shape of (..., {', '.join(map(str, expected))}) from its "
-                f"conditioner, {self.outputs_per_entry} x the {mask.num_changed} that the mask changes; "
+                f"conditioner, {self.outputs_per_entry} for each of the {mask.num_changed} that the mask changes; "
                 f"got (..., {', '.join(map(str, got))})"
             )
         if mask.event_dim > 1:
             out = out.reshape(batch_shape + out.shape[1:])
-        return out.to(kept.dtype).chunk(self.outputs_per_entry, -mask.event_dim)  # autocast may have changed the dtype
+        # Under autocast the conditioner may return another dtype than the kept entries have.
+        return out.to(kept.dtype).chunk(self.outputs_per_entry, -mask.event_dim)
 
     def zero_ladj(self, x: Tensor) -> Tensor:
-        """The log-determinant of a map that keeps volumes, shaped like the batch of x."""
+        """Returns the log-determinant of a map that preserves volume: zeros, shaped like the batch of x."""
         return x.new_zeros(x.shape[: x.dim() - self.mask.event_dim])
 
     def changed_entries(self, changed, *, forward=True):
@@ -101,10 +102,12 @@ class Coupling(Bijection):
 
     @classmethod
     def check_options(cls, **options) -> dict:
-        """Those of the options that are not None, if the class takes them; ready-made flows pass them on.
+        """Returns the options that are not None, after checking that the class takes them.
+
+        The ready-made flows use it for the options that they pass on to a coupling.
 
         Raises:
-            ValueError: an option that this coupling does not have.
+            ValueError: the coupling does not have one of the options.
         """
         given = {name: value for name, value in options.items() if value is not None}
         unknown = given.keys() - inspect.signature(cls).parameters.keys()
@@ -120,24 +123,26 @@ class AffineCoupling(Coupling):
     r""":math:`y_b = x_b,\quad y_{1-b} = x_{1-b} \odot \exp(s(x_b)) + t(x_b), \quad
     \log|\det \partial y / \partial x| = \sum s(x_b)`  (RealNVP; Dinh et al. 2017, eqs. 4-6).
 
-    The log-scale is bounded smoothly, :math:`s = \tfrac{2}{\pi} s_{\max} \arctan(\tfrac{\pi}{2} r / s_{\max})` of the
-    network's raw r: near the identity :math:`s \approx r`, and the gradient never dies.
+    The log-scale is a smoothly bounded function of the network's raw output r,
+    :math:`s = \tfrac{2}{\pi} s_{\max} \arctan(\tfrac{\pi}{2} r / s_{\max})`. Near the identity :math:`s \approx r`,
+    and its gradient decays only like :math:`1 / r^2`.
 
     Args:
-        mask: which entries are kept (b = 1) and which are changed.
-        conditioner: maps the kept entries, ``(..., num_kept)``, and the context if there is one to
-            ``(..., 2 * num_changed)``: all raw log-scales, then all shifts. Of images, channels are counted, and height
-            and width follow: an :class:`MLP` for vectors, a :class:`ConvResNet` for images.
-        context_dim: width of the context that the conditioner expects, 0 for none.
-        max_log_scale: :math:`s_{\max}`.
+        mask: the :class:`Mask` that says which entries are kept (b = 1) and which are changed (b = 0).
+        conditioner: a module, such as an :class:`MLP`, that maps the kept entries, ``(..., num_kept)``, to the outputs,
+            ``(..., 2 * num_changed)``: all raw log-scales, then all shifts. If there is a context, it is the second
+            argument. For images, use a module such as :class:`ConvResNet`: the numbers count channels, and height and
+            width follow.
+        context_dim: the width of the context that the conditioner expects, 0 for none.
+        max_log_scale: the bound :math:`s_{\max}` of the log-scale.
 
     Shapes:
-        ``(..., D)`` to ``(..., D)``, or ``(..., C, H, W)`` to the same with a mask of images; the log-determinant, in
+        ``(..., D)`` to ``(..., D)``; with a mask for images, ``(..., C, H, W)`` to the same. The log-determinant, in
         nats, is shaped like the batch.
 
     Raises:
-        ValueError: an event of another size than the mask's, a conditioner with another number of outputs, a context
-            that is missing, unexpected or of the wrong width, ``max_log_scale <= 0``.
+        ValueError: the event does not fit the mask, the conditioner returns another number of outputs, the context is
+            missing, unexpected or of the wrong width, or ``max_log_scale <= 0``.
 
     Example:
         >>> from pyro_realnvp import MLP, masks
@@ -161,9 +166,9 @@ class AffineCoupling(Coupling):
         return f"max_log_scale={self.max_log_scale}"
 
     def log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """s and t of the changed entries."""
+        """Returns the log-scale s and the shift t of the changed entries."""
         raw, shift = self.read(kept, context)
-        # The gradient of tanh would die exponentially, and a log-scale that once reached the bound would stay there.
+        # The gradient of tanh would vanish exponentially, and a log-scale that has reached its bound would stay there.
         slope = math.pi / (2 * self.max_log_scale)
         return torch.atan(raw * slope) / slope, shift
 
@@ -182,9 +187,10 @@ class AffineCoupling(Coupling):
 
 class VolumePreservingCoupling(AffineCoupling):
     r"""An :class:`AffineCoupling` whose log-scales sum to zero, so that :math:`\log|\det \partial y / \partial x| = 0`
-    (GIN; Sorrenson et al. 2020). With one changed entry its log-scale is 0, and only the shift is left.
+    (GIN; Sorrenson et al. 2020).
 
-    Arguments, shapes and errors are those of :class:`AffineCoupling`.
+    If only one entry changes, its log-scale is 0 and the coupling only shifts it. The arguments, shapes and errors are
+    those of :class:`AffineCoupling`.
 
     Example:
         >>> from pyro_realnvp import MLP, masks
@@ -211,11 +217,12 @@ class AdditiveCoupling(Coupling):
     (NICE; Dinh et al. 2014, section 3.2).
 
     Args:
-        mask: which entries are kept (b = 1) and which are changed.
-        conditioner: maps ``(..., num_kept)``, and the context if there is one, to ``(..., num_changed)``.
-        context_dim: width of the context that the conditioner expects, 0 for none.
+        mask: the :class:`Mask` that says which entries are kept (b = 1) and which are changed (b = 0).
+        conditioner: a module that maps the kept entries, ``(..., num_kept)``, to the shifts, ``(..., num_changed)``. If
+            there is a context, it is the second argument.
+        context_dim: the width of the context that the conditioner expects, 0 for none.
 
-    Shapes and errors are those of :class:`AffineCoupling`.
+    The shapes and errors are those of :class:`AffineCoupling`.
 
     Example:
         >>> from pyro_realnvp import MLP, masks

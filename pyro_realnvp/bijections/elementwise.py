@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bijections that act on each entry by itself. They are named for the way from data to latent."""
+"""Bijections that act on each entry by itself. Their names describe the direction from data to latent."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,12 @@ from .bijection import Bijection
 
 
 class Standardize(Bijection):
-    r""":math:`y = (x - \mu) / \sigma,\quad \log|\det \partial y / \partial x| = -\sum \log \sigma`, fitted on data.
+    r""":math:`y = (x - \mu) / \sigma,\quad \log|\det \partial y / \partial x| = -\sum \log \sigma`, where the
+    mean and the standard deviation are fitted to data.
 
-    The way from data to latent is forward; a flow from base to data ends in ``Standardize(D).fit(x).inv``. Mean and
-    standard deviation are fixed once fitted, and part of the ``state_dict``. Before :meth:`fit` it is the identity.
+    The direction from data to latent is forward, so a flow from base to data ends in ``Standardize(D).fit(x).inv``.
+    Training does not change the mean and the standard deviation, and the ``state_dict`` holds them. Before :meth:`fit`,
+    the bijection is the identity.
 
     Args:
         input_dim: the size D of an event.
@@ -39,15 +41,19 @@ class Standardize(Bijection):
 
     @torch.no_grad()
     def fit(self, x: Tensor, weights: Tensor | None = None) -> "Standardize":
-        """Sets mean and standard deviation to those of x, ``(..., D)``, whose rows may have weights; returns itself.
+        """Sets the mean and the standard deviation to those of x and returns the bijection itself.
+
+        Args:
+            x: the data, of shape ``(..., D)``.
+            weights: the weight of each row of x; by default all rows count alike.
 
         Raises:
-            ValueError: fewer than two rows, values that are not finite, or a constant column.
+            ValueError: x has fewer than two rows, values that are not finite, or a constant column.
         """
         mean, std = column_statistics(x, self.event_shape[0], weights)
         constant = (std == 0).nonzero().squeeze(-1).tolist()
         if constant:
-            raise ValueError(f"columns {constant} are constant and cannot be standardised: drop them or add noise")
+            raise ValueError(f"columns {constant} are constant and cannot be standardized: drop them or add noise")
         self.mean.copy_(mean)
         self.std.copy_(std)
         return self
@@ -64,18 +70,20 @@ class Logit(Bijection):
     \log|\partial y / \partial x| = \log(1 - 2\alpha) + \operatorname{softplus}(y) + \operatorname{softplus}(-y)`, for
     each entry (Dinh et al. 2017, section 4.1).
 
-    Takes pixels in [0, 1] to the real line, with finite ends: the paper's data constraint is
-    :math:`\beta = 1 - 2\alpha = 0.9`. The inverse reaches a little beyond [0, 1], to
-    :math:`-\alpha/(1 - 2\alpha)` and :math:`(1 - \alpha)/(1 - 2\alpha)`, and ``domain`` says so. Nothing is clamped.
+    It maps pixels in [0, 1] to the real line, and 0 and 1 to finite values. The default :math:`\alpha` gives
+    :math:`1 - 2\alpha = 0.9`, the data constraint of the paper's code. Nothing is clamped, so the inverse reaches a
+    little beyond [0, 1], from :math:`-\alpha/(1 - 2\alpha)` to :math:`(1 - \alpha)/(1 - 2\alpha)`; ``domain`` is this
+    interval.
 
-    The way from data to latent is forward; a flow from base to data ends in ``Logit().inv``.
+    The direction from data to latent is forward, so a flow from base to data ends in ``Logit().inv``.
 
     Args:
-        alpha: in [0, 1/2). With 0 it is the logit itself, infinite at 0 and 1.
+        alpha: the smallest distance :math:`\alpha` of the logit's argument from 0 and 1 for pixels in [0, 1]; it is in
+            [0, 1/2). With 0 the bijection is the logit itself, which is infinite at 0 and 1.
 
     Shapes:
-        Any shape to the same. It has no event axes, so by itself its log-determinant, in nats, has one value for each
-        entry; a :class:`Compose` sums them over its events.
+        Any shape to the same shape. A logit has no event axes, so its log-determinant, in nats, has one value for each
+        entry; a :class:`Compose` sums these over its events.
 
     Example:
         >>> Logit()(torch.tensor([0.0, 0.5, 1.0]))
@@ -98,37 +106,37 @@ class Logit(Bijection):
         return math.log1p(-2 * self.alpha) + F.softplus(y) + F.softplus(-y)
 
     def forward_and_ladj(self, x, context=None):
-        # From the nearer end, so that neither 0 nor 1 loses digits.
+        # Each logarithm measures the distance from its own end of the interval, so that neither 0 nor 1 loses digits.
         y = torch.log(self.alpha + (1 - 2 * self.alpha) * x) - torch.log(self.alpha + (1 - 2 * self.alpha) * (1 - x))
         return y, self._ladj(y)
 
     def inverse_and_ladj(self, y, context=None):
         low, high = (y.new_tensor(bound) for bound in (self.domain.lower_bound, self.domain.upper_bound))
-        return torch.lerp(low, high, torch.sigmoid(y)), -self._ladj(y)  # lerp is exact at both ends
+        return torch.lerp(low, high, torch.sigmoid(y)), -self._ladj(y)  # lerp is exact at both ends.
 
 
 class Unbound(Bijection):
     r""":math:`y_i = \log(x_i - l_i) - \log(h_i - x_i),\quad
     \log|\det \partial y / \partial x| = \sum_i \log(h_i - l_i) - \log(x_i - l_i) - \log(h_i - x_i)`: entries in
-    intervals :math:`(l_i, h_i)` to real ones.
+    the intervals :math:`(l_i, h_i)` become real numbers.
 
-    Where there is no upper bound, :math:`y_i = \log(x_i - l_i)`; where there is no lower one,
-    :math:`y_i = -\log(h_i - x_i)`; where there is none, :math:`y_i = x_i`.
+    An entry without an upper bound becomes :math:`y_i = \log(x_i - l_i)`, and one without a lower bound
+    :math:`y_i = -\log(h_i - x_i)`. An entry without bounds stays as it is, :math:`y_i = x_i`.
 
-    The way from data to latent is forward; a flow of bounded entries ends in ``Unbound(low, high).inv``.
+    The direction from data to latent is forward, so a flow of bounded entries ends in ``Unbound(low, high).inv``.
 
     Args:
-        low: the lower bound of each entry, ``(D,)``; ``-inf`` for none.
-        high: the upper bound; ``inf`` for none.
+        low: the lower bounds of the entries, of shape ``(D,)``; ``-inf`` for none.
+        high: the upper bounds of the entries, of shape ``(D,)``; ``inf`` for none.
 
     Shapes:
         ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
 
     Raises:
-        ValueError: bounds of two shapes, or a lower one that is not below the upper one.
+        ValueError: the bounds are not two vectors of the same length, or a lower bound is not below its upper bound.
 
     Example:
-        >>> f = Unbound([0.0, 0.0, -torch.inf], [torch.inf, 1.0, torch.inf])  # positive, a proportion, real
+        >>> f = Unbound([0.0, 0.0, -torch.inf], [torch.inf, 1.0, torch.inf])  # positive, a proportion, unbounded
         >>> f(torch.tensor([1.0, 0.5, 7.0]))
         tensor([0., 0., 7.])
     """
@@ -164,21 +172,23 @@ class Unbound(Bijection):
         from_below, from_above = self._bounded()
         both = from_below & from_above
         low, high = (torch.where(both, bound, 0.0) for bound in (self.low, self.high))
-        # A branch that is not taken gets 0, so that it has a gradient.
+        # torch.where also differentiates the branch that it does not take. This branch gets 0, since an infinite value
+        # in it would turn the gradient into nan.
         up, down = (torch.where(bounded & ~both, y, 0.0) for bounded in (from_below, from_above))
         between = torch.where(both, y, 0.0)
         x = torch.where(from_below, self.low + up.exp(), torch.where(from_above, self.high - (-down).exp(), y))
         x = torch.where(both, torch.lerp(low, high, torch.sigmoid(between)), x)
-        # Rounding must not reach the bounds, which are outside.
+        # The bounds lie outside of the open intervals, so that a value must not be rounded to them.
         x = x.clamp(torch.nextafter(self.low, self.high), torch.nextafter(self.high, self.low))
         ladj = torch.where(both, (high - low).log() - F.softplus(between) - F.softplus(-between), up - down)
         return x, ladj.sum(-1)
 
 
 def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each column of x, ``(..., input_dim)``; errors as in `Standardize.fit`.
+    """Returns the mean and the standard deviation of each column of x, of shape ``(..., input_dim)``.
 
-    The deviation of a constant column is exactly 0.
+    The standard deviation of a constant column is exactly 0. The errors are those of `Standardize.fit`, except that a
+    constant column is none.
     """
     rows = torch.as_tensor(x).reshape(-1, x.shape[-1] if x.dim() else 1)
     if rows.shape[-1] != input_dim or len(rows) < 2:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A part of the event leaves, and the rest goes on."""
+"""The factoring out of entries: a part of the event becomes latent early, and a bijection transforms the rest."""
 
 from .bijection import Bijection
 from .masks import Mask
@@ -8,17 +8,22 @@ from .shapes import broadcast_batch
 
 class FactorOut(Bijection):
     r""":math:`y_b = x_b,\quad y_{1-b} = f(x_{1-b}),\quad
-    \log|\det \partial y / \partial x| = \log|\det \partial f / \partial x_{1-b}|`: from data to latent, a part of the
-    event is latent already and leaves; f goes on with the rest (Dinh et al. 2017, section 3.6, eqs. 13-14).
+    \log|\det \partial y / \partial x| = \log|\det \partial f / \partial x_{1-b}|` (Dinh et al. 2017, section 3.6,
+    eqs. 13-14).
+
+    The direction from data to latent is forward: the entries with b = 1 are factored out as latent values, and f
+    transforms the entries that go on.
 
     Args:
-        mask: which entries leave (b = 1) and which go on, of vectors or of images.
-        bijection: f, which maps events to events of the same shape.
+        mask: the :class:`Mask`, of vectors or of images, that says which entries are factored out (b = 1) and which
+            go on (b = 0).
+        bijection: the bijection f, which maps events to events of the same shape.
 
     Shapes:
-        Events that fit the mask to the same; the log-determinant, in nats, is shaped like the batch.
+        Events that fit the mask to the same shape. The log-determinant, in nats, is shaped like the batch.
 
     Raises:
+        TypeError: the mask is not a :class:`Mask`, or f is not a :class:`Bijection`.
         ValueError: f does not fit the entries that go on.
 
     Example:
@@ -38,7 +43,7 @@ class FactorOut(Bijection):
         if bijection.domain.event_dim != mask.event_dim or bijection.event_shape[0] not in (None, mask.num_changed):
             raise ValueError(
                 f"expected a bijection of the {mask.num_changed} entries that go on, with {mask.event_dim} event axes; "
-                f"got one of event shape {bijection.event_shape}"
+                f"got one of event shape {bijection.event_shape}: build it for these entries"
             )
         self.mask = mask
         self.bijection = bijection

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transforms of Pyro's and torch's own, as bijections."""
+"""An adapter that makes a bijection of a transform of Pyro or torch."""
 
 import torch
 from torch.distributions.transforms import Transform
@@ -8,7 +8,7 @@ from .bijection import Bijection
 
 
 class Foreign(Bijection):
-    """A transform of Pyro's or torch's own, as a part of a :class:`Compose`."""
+    """A transform of Pyro or torch, wrapped so that it can be a part of a :class:`Compose`."""
 
     def __init__(self, transform: Transform):
         super().__init__((None,) * transform.domain.event_dim)
@@ -17,10 +17,11 @@ class Foreign(Bijection):
         self.domain, self.codomain = transform.domain, transform.codomain
 
     def forward_and_ladj(self, x, context=None):
-        _drop_cache(self.transform)  # it may be stale
+        _drop_cache(self.transform)  # The cache may be stale.
         y = self.transform(x)
         ladj = self.transform.log_abs_det_jacobian(x, y)
-        _drop_cache(self.transform)  # it would keep the graph alive, and forbid copies
+        # A filled cache would keep the graph alive, and the transform could not be copied.
+        _drop_cache(self.transform)
         return y, ladj
 
     def inverse_and_ladj(self, y, context=None):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what a bijection is given. Each error says what was expected, what came, and what to do."""
+"""Checks of the inputs of a bijection. Each error says what was expected, what came, and what to do."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def check_event_shape(bijection: nn.Module, shape: Sequence[int], event_shape: Sequence[int | None]) -> torch.Size:
-    """`shape`, if it ends in `event_shape`, where None fits every size."""
+    """Returns `shape` if it ends in `event_shape`, in which None fits every size, and otherwise raises an error."""
     shape = torch.Size(shape)
     event_dim = len(event_shape)
     event = shape[len(shape) - event_dim :] if len(shape) >= event_dim else shape
@@ -23,7 +23,7 @@ def check_event_shape(bijection: nn.Module, shape: Sequence[int], event_shape: S
 
 
 def _remedy(shape: tuple[int, ...], event_shape: Sequence[int | None]) -> str:
-    """What is probably wrong with `shape`."""
+    """Returns a guess at what is wrong with `shape`, as advice for the error message."""
 
     def fits(event: tuple[int, ...]) -> bool:
         return len(event) == len(event_shape) and all(want in (None, got) for want, got in zip(event_shape, event))
@@ -33,11 +33,11 @@ def _remedy(shape: tuple[int, ...], event_shape: Sequence[int | None]) -> str:
             return "the channels come first: pass x.movedim(-1, -3)"
         if event_shape[0] == 1 and fits((1,) + shape[-2:]):
             return "the axis of the one channel is missing: pass x.unsqueeze(-3)"
-    return f"the last {len(event_shape)} axes are the event, all before them the batch"
+    return f"the last {len(event_shape)} axes are the event, and all axes before them are the batch"
 
 
 def check_even(what: str, shape: Sequence[int]) -> None:
-    """Raises an error unless the last two of the sizes are even."""
+    """Raises an error unless the last two sizes of `shape` are even."""
     height, width = shape[-2:]
     if height % 2 or width % 2:
         raise ValueError(
@@ -47,7 +47,7 @@ def check_even(what: str, shape: Sequence[int]) -> None:
 
 
 def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None:
-    """Raises an error that says what to do where `value` does not fit (shape, dtype, device, missing context)."""
+    """Raises an error if the shape, dtype or device of `value` does not fit, or if a context is missing."""
     name = type(bijection).__name__
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} expected a tensor; got {type(value).__name__}: pass torch.as_tensor(value)")
@@ -62,7 +62,7 @@ def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None
             f"{name} expected a context of width {bijection.context_dim}; got none: "
             "use f.condition(context), or call a Flow with its context"
         )
-    if torch.compiler.is_compiling():  # which cannot trace the walk over the parameters
+    if torch.compiler.is_compiling():  # The compiler cannot trace the walk over the parameters.
         return
     own = next((t for t in chain(bijection.parameters(), bijection.buffers()) if t.is_floating_point()), value)
     if own.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
@@ -78,7 +78,7 @@ def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None
 
 
 def check_context(bijection: nn.Module, context: Tensor | None) -> None:
-    """Raises an error that says what to do where `context` is not what `bijection` expects."""
+    """Raises an error if `context` is missing, unexpected, or does not fit `bijection` in width or dtype."""
     name, width = type(bijection).__name__, bijection.context_dim
     if context is None:
         if width:
@@ -87,7 +87,7 @@ def check_context(bijection: nn.Module, context: Tensor | None) -> None:
     if not width:
         raise ValueError(
             f"{name} takes no context, but one was given: build it with context_dim=, or, inside "
-            "ConditionalTransformedDistribution, put it into a Compose with the parts that take one"
+            "ConditionalTransformedDistribution, put it into a Compose with the parts that take a context"
         )
     if not isinstance(context, Tensor) or context.dim() == 0 or context.shape[-1] != width:
         got = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
@@ -99,5 +99,5 @@ def check_context(bijection: nn.Module, context: Tensor | None) -> None:
     own = next(bijection.parameters(), context)
     if own.dtype != context.dtype:
         raise TypeError(
-            f"{name} has parameters of {own.dtype}; got a context of {context.dtype}: convert one with .to()"
+            f"{name} has parameters of {own.dtype}; got a context of {context.dtype}: convert one of them with .to()"
         )

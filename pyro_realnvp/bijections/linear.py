@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned linear maps."""
+"""Learned linear and affine maps."""
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,18 @@ class InvertibleLinear(Bijection):
     r""":math:`y = W x` with :math:`W = P L (U + \operatorname{diag}(d))`,
     :math:`\log|\det \partial y / \partial x| = \sum \log|d|`  (Glow; Kingma & Dhariwal 2018, eqs. 10-11).
 
-    L is lower triangular with a unit diagonal, U upper triangular with a zero one, d > 0; these are learned. P is a
-    fixed permutation. At birth W = P, by default the identity. On images W mixes the channels of each pixel: Glow's
-    1 x 1 convolution, with :math:`\log|\det \partial y / \partial x| = H W \sum \log|d|`.
+    The factors L (lower triangular with a unit diagonal), U (upper triangular with a zero diagonal) and d > 0 are
+    learned; the permutation P is fixed. At first W = P, by default the identity. On images, W mixes the channels of
+    each pixel, which is Glow's 1 x 1 convolution, and
+    :math:`\log|\det \partial y / \partial x| = H W \sum \log|d|`.
 
     Args:
-        input_dim: the size D of an event, or its channels.
-        permutation: P, as the order of the rows, ``(D,)``; by default the identity.
-        event_dim: how many axes an event has, the first of them the channels: 1 for vectors, 3 for images.
+        input_dim: the size D of a vector, or the number D of channels of an image.
+        permutation: the permutation P as the order of the rows, of shape ``(D,)``; by default the identity.
+        event_dim: the number of axes of an event: 1 for vectors, 3 for images, whose first axis holds the channels.
 
     Shapes:
-        ``(..., D)`` to ``(..., D)``, images ``(..., D, H, W)`` to the same; the log-determinant, in nats, is shaped
+        ``(..., D)`` to ``(..., D)``; images ``(..., D, H, W)`` to the same. The log-determinant, in nats, is shaped
         like the batch.
 
     Example:
@@ -71,15 +72,16 @@ class InvertibleLinear(Bijection):
 
 class TriangularAffine(Bijection):
     r""":math:`y = \mu + L (m + T x),\quad \log|\det \partial y / \partial x| = \sum \log L_{ii} + \sum \log T_{ii}`:
-    an affine map that is learned in the coordinates in which it starts.
+    an affine map that is learned relative to its starting point :math:`\mu + L x`.
 
-    :math:`\mu` and L (lower triangular) are fixed by :meth:`start_at`, 0 and 1 before; m and T (lower triangular with a
-    positive diagonal) are learned, and start at 0 and 1. So the steps of an optimizer are steps relative to L, however
-    badly scaled and correlated the entries of y are. Everything is saved with the state.
+    :meth:`start_at` sets :math:`\mu` and L (lower triangular), by default 0 and the identity. Training changes only m
+    and T (lower triangular with a positive diagonal), which start at 0 and the identity. So the steps of an optimizer
+    are measured in units of L, even if the entries of y are badly scaled or correlated. The ``state_dict`` holds all
+    four.
 
     Args:
         input_dim: the size D of an event.
-        full: whether T is a triangular matrix; otherwise it is diagonal.
+        full: whether L and T are triangular matrices; otherwise they are diagonal.
 
     Shapes:
         ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
@@ -101,7 +103,15 @@ class TriangularAffine(Bijection):
 
     @torch.no_grad()
     def start_at(self, loc: Tensor, scale_tril: Tensor) -> "TriangularAffine":
-        """Sets mu, ``(D,)``, and L, ``(D, D)`` (only its diagonal unless ``full``); returns itself."""
+        """Sets the starting point and returns the bijection itself.
+
+        Args:
+            loc: the vector mu, of shape ``(D,)``.
+            scale_tril: the matrix L, of shape ``(D, D)``; only its diagonal is used unless ``full``.
+
+        Raises:
+            ValueError: a value is not finite, or an entry of the diagonal is not positive.
+        """
         diagonal = scale_tril.diagonal()
         if not loc.isfinite().all() or not scale_tril.isfinite().all() or not (diagonal > 0).all():
             raise ValueError("expected a finite loc and a finite lower triangular matrix with a positive diagonal")
@@ -129,18 +139,18 @@ class TriangularAffine(Bijection):
 
 
 def _solve(tril: Tensor, x: Tensor) -> Tensor:
-    """The vectors in the rows of x, divided by a lower triangular matrix."""
+    """Solves `tril @ z = v` for each vector v along the last axis of x; `tril` is lower triangular."""
     rows = x.reshape(-1, x.shape[-1])
     return torch.linalg.solve_triangular(tril.mT, rows, upper=True, left=False).reshape(x.shape)
 
 
 class ConditionalAffine(Bijection):
-    r""":math:`y = x \odot \exp(s(c)) + t(c),\quad \log|\det \partial y / \partial x| = \sum s`: location and scale
-    from a context, which s and t read through one linear layer. Identity at birth.
+    r""":math:`y = x \odot \exp(s(c)) + t(c),\quad \log|\det \partial y / \partial x| = \sum s(c)`: one linear layer
+    computes the log-scale s and the shift t from the context c. At first it is the identity.
 
     Args:
         input_dim: the size D of an event.
-        context_dim: width of the context.
+        context_dim: the width of the context.
 
     Shapes:
         ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a coupling splits an event in two: b = 1 is kept and read by the network, b = 0 is changed."""
+"""The masks that split an event in two: a coupling keeps and reads the entries with b = 1, and changes the others."""
 
 import operator
 
@@ -11,19 +11,20 @@ from .shapes import squeeze, unsqueeze
 
 
 class Mask(nn.Module):
-    r"""Splits an event :math:`x` into the kept :math:`x_{b=1}` and the changed :math:`x_{b=0}`, and joins them again.
+    r"""Splits an event :math:`x` into the kept :math:`x_{b=1}` and the changed :math:`x_{b=0}`, and joins them again
+    (the binary mask b of Dinh et al. 2017, eq. 9).
 
-    (The binary mask b of Dinh et al. 2017, eq. 9. The network sees only the kept half, so nothing is computed for the
-    entries that a multiplication by b would throw away.) ``b`` is a buffer: it is saved, loaded and moved with the
-    module.
+    The network of a coupling gets only the kept entries, so it computes nothing that a multiplication by b would throw
+    away. ``b`` is a buffer: it is saved, loaded and moved with the module.
 
     Args:
-        b: a boolean vector with at least one True and one False.
-        event_dim: b runs over the first axis of an event with so many axes: 1 for vectors, 3 for channels of images.
-        squeeze: squeeze an image first (see :class:`Squeeze`), so that b runs over the 4 sub-pixels of each channel.
+        b: a boolean vector with at least one True and one False, which runs over the first axis of an event.
+        event_dim: the number of axes of an event: 1 for vectors, 3 for images, whose first axis holds the channels.
+        squeeze: whether to squeeze an image first (see :class:`Squeeze`), so that b runs over the 4 sub-pixels of each
+            channel.
 
     Raises:
-        ValueError: a mask that is not a boolean vector with both values; an event that it does not fit.
+        ValueError: b is not a boolean vector with both values, or an event does not fit it.
 
     Example:
         >>> mask = Mask(torch.tensor([True, False, False]))
@@ -55,7 +56,10 @@ class Mask(nn.Module):
         self._plan()
 
     def _plan(self) -> None:
-        """Derives from b what split and join do: halves and even/odd masks are views, all others index."""
+        """Derives from b how `split` and `join` work.
+
+        Halves and even/odd masks split an event into views, which costs nothing. All other masks copy by an index.
+        """
         if self.b.all() or not self.b.any():
             raise ValueError(
                 f"expected a mask that keeps some entries and changes some; got all {bool(self.b.all())}: "
@@ -77,12 +81,15 @@ class Mask(nn.Module):
             self.inverse_order = torch.argsort(self.order)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The kept and the changed entries: ``(..., num_kept)`` and ``(..., num_changed)`` of a vector, the same
-        followed by height and width (squeezed ones, if the mask squeezes) of an image."""
+        """Returns the kept and the changed entries of an event.
+
+        For a vector, their shapes are ``(..., num_kept)`` and ``(..., num_changed)``. For an image, height and width
+        follow, and a mask that squeezes halves them.
+        """
         dim = -self.event_dim
         if x.dim() < self.event_dim or x.shape[dim] != self.event_shape[0]:
             expected = str(self.event_shape).replace("None", "any size")
-            raise ValueError(f"expected event shape {expected}, the mask's; got shape {tuple(x.shape)}")
+            raise ValueError(f"expected event shape {expected}, which fits the mask; got shape {tuple(x.shape)}")
         if self.squeeze:
             check_even("a checkerboard", x.shape)
             x = squeeze(x)
@@ -95,7 +102,7 @@ class Mask(nn.Module):
         return (first, second) if self.kept_first else (second, first)
 
     def join(self, kept: Tensor, changed: Tensor) -> Tensor:
-        """The event whose kept and changed entries these are."""
+        """Returns the event with these kept and changed entries: the inverse of :meth:`split`."""
         dim = -self.event_dim
         pair = [kept, changed] if self.kept_first else [changed, kept]
         if self.is_halves:
@@ -107,7 +114,7 @@ class Mask(nn.Module):
         return unsqueeze(x) if self.squeeze else x
 
     def __invert__(self) -> "Mask":
-        """The mask that keeps what this one changes."""
+        """Returns the mask that keeps the entries that this mask changes, and changes those that it keeps."""
         return Mask(~self.b, event_dim=self.event_dim, squeeze=self.squeeze)
 
     def extra_repr(self) -> str:
@@ -115,7 +122,7 @@ class Mask(nn.Module):
         return ", ".join(filter(None, [bits, self.architecture_repr()]))
 
     def architecture_repr(self) -> str:
-        """What a file says of the mask beside its state, which holds b."""
+        """Returns the options of the mask, which a saved file records beside the state; the state holds b."""
         image_options = [f"event_dim={self.event_dim}"] * (self.event_dim > 1) + ["squeeze"] * self.squeeze
         return ", ".join(image_options)
 
@@ -143,7 +150,7 @@ def alternating(input_dim: int, parity: int = 0) -> Mask:
 
 
 def random(input_dim: int, generator: torch.Generator | None = None) -> Mask:
-    """Keeps a random half of the entries, drawn once and saved with the module.
+    """Keeps a random half of the entries, which is drawn once and saved with the module.
 
     >>> random(6).num_kept
     3
@@ -168,8 +175,9 @@ def checkerboard(channels: int, parity: int = 0) -> Mask:
     """Keeps the pixels of an image whose row + column is even (parity 0) or odd (parity 1), in all channels
     (Dinh et al. 2017, figure 3, left). Height and width must be even.
 
-    Of each square of 2 x 2 pixels it keeps a diagonal: two sub-pixels of the squeezed image. So both parts are images
-    of twice the channels and half the height and width, and nothing is computed for pixels that are thrown away.
+    The mask keeps one diagonal of each square of 2 x 2 pixels, which are two of the four sub-pixels of the squeezed
+    image. So both parts are images with twice the channels and half the height and width, and a network computes
+    nothing that is thrown away.
 
     >>> kept, changed = checkerboard(1).split(torch.arange(16.0).reshape(1, 4, 4))
     >>> kept.shape, kept[:, 0, 0]  # the diagonal of the first square

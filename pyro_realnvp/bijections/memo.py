@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last evaluation of a bijection: remembered weakly, forgotten as soon as anything it read has changed."""
+"""The memory of a bijection: its last evaluation, which it forgets as soon as anything that it read has changed."""
 
 import operator
 import weakref
@@ -20,12 +20,12 @@ def _count_optimizer_step(*_) -> None:
     _optimizer_steps += 1
 
 
-# Fused optimizers, and optimizers that write through `.data`, change parameters without raising `_version`.
+# Fused optimizers, and optimizers that write through `.data`, change parameters without a change of `_version`.
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class _Evaluation(NamedTuple):
-    """One evaluation: the pair (input, output) with log|det d output / d input|, and what it depended on."""
+    """One evaluation: the pair (input, output), log|det d output / d input|, and the state that it depended on."""
 
     input: Tensor
     output: weakref.ref
@@ -38,11 +38,11 @@ class _Evaluation(NamedTuple):
 class Memo:
     """The last evaluation of a bijection, kept for as long as its output lives.
 
-    It answers in two cases: the log-determinant of that pair, and the way back from its output to its input. Going
-    the same way twice is evaluated twice. All comparisons are by identity.
+    The memory answers two questions: the log-determinant of the remembered pair, and the way back from the output to
+    the input. A second evaluation in the same direction is computed again. Tensors are compared by identity.
 
-    The evaluation is one object that is replaced as a whole. So a thread finds its own evaluation or none, never
-    a mixture of its own and another's.
+    The evaluation is one object that is replaced as a whole. So a thread reads either one whole evaluation or none,
+    and never a mixture of its own and another thread's.
     """
 
     def __init__(self):
@@ -53,7 +53,7 @@ class Memo:
         self._last: _Evaluation | None = None
 
     def store(self, bijection: nn.Module, input: Tensor, output: Tensor, ladj: Tensor, *, forward: bool) -> Tensor:
-        """Remembers an evaluation; returns the output, as it is to be handed out."""
+        """Remembers an evaluation and returns the output for the caller, which may be a view of the one passed in."""
         if not is_eager():
             return output
         self.clear()
@@ -63,14 +63,14 @@ class Memo:
         if input is output:
             return output
         if ladj.requires_grad:
-            # The graph of the log-determinant may hold the output, which then would never die while it is remembered.
-            # A view shares the values, and no graph holds it.
+            # The graph of the remembered log-determinant may hold the output, which then would live as long as the
+            # memory. The caller gets a view instead, which shares the values and which no graph holds.
             output = output.view_as(output)
         marks = reads.marks(input, output)
         if marks is None:
             return output
         this = weakref.ref(self)
-        # The callback runs when the output dies, maybe long after another evaluation has taken its place.
+        # The callback runs when the output dies, and by then another evaluation may have replaced this one.
         output_ref = weakref.ref(output, lambda ref: (memo := this()) and memo._forget(ref))
         self._last = _Evaluation(input, output_ref, ladj, forward, reads, marks)
         return output
@@ -81,14 +81,14 @@ class Memo:
             self.clear()
 
     def back(self, bijection: nn.Module, output: Tensor, *, forward: bool) -> tuple[Tensor, Tensor] | None:
-        """(input, ladj of the way back) where `output` came out of the opposite direction, else None."""
+        """Returns (input, ladj of the way back) if `output` is the last output of the opposite direction, else None."""
         last = self._last
         if last is not None and last.forward is not forward and self._is_fresh(last, bijection, last.input, output):
             return last.input, -last.ladj
         return None
 
     def ladj(self, bijection: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
-        """log|det dy/dx| where (x, y) is the remembered pair, else None."""
+        """Returns log|det dy/dx| if (x, y) is the remembered pair, else None."""
         last = self._last
         if last is None or not self._is_fresh(last, bijection, *((x, y) if last.forward else (y, x))):
             return None
@@ -99,6 +99,7 @@ class Memo:
             return False
         reads = last.reads
         if not reads.is_current():
+            # Something was replaced, and only a second walk tells whether the evaluation would read the same tensors.
             reads = self._reads = _Reads(bijection)
             if not reads.same(last.reads):
                 return False
@@ -106,23 +107,27 @@ class Memo:
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing is compiled or traced here, and the tensors are values, not the stand-ins of `torch.func`."""
+    """Whether no compiler traces this call and the tensors hold values, unlike the stand-ins of `torch.func`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     try:
         return all(tensor.data_ptr() is not None for tensor in tensors)
-    except RuntimeError:  # a stand-in has no memory
+    except RuntimeError:  # A stand-in has no memory to point to.
         return False
 
 
 class _Reads:
-    """What an evaluation of a bijection depends on: tensors (None for something opaque), train modes, plain values."""
+    """The state that an evaluation of a bijection depends on: tensors, modules with a train mode, and plain values.
+
+    `tensors` is None if the walk meets an object that it cannot see into, and then nothing is remembered. The walk is
+    slow, so its result is kept: `is_current` compares the watched dictionaries with what they held during the walk.
+    """
 
     def __init__(self, bijection: nn.Module):
         self.tensors: list[Tensor] | None = []
         self.modules: list[nn.Module] = []
         self.values: list = []
-        self._watched: list[dict] = []  # where all of it hangs, so that a change is found without another walk
+        self._watched: list[dict] = []  # the dictionaries that hold all of this state
         self._walk(bijection)
         self._seen = self._look()
 
@@ -137,7 +142,7 @@ class _Reads:
                 for held in (item._parameters, item._buffers, item._modules):
                     self._watched.append(held)
                     stack.extend(held.values())
-                if isinstance(item, Transform):  # a user's own may hold tensors and numbers as plain attributes
+                if isinstance(item, Transform):  # A user's class may hold tensors and numbers as plain attributes.
                     self._watched.append(vars(item))
                     for name, value in vars(item).items():
                         if isinstance(value, (Tensor, Transform, int, float)) and not _is_cache(name):
@@ -167,7 +172,10 @@ class _Reads:
         return all(map(operator.is_, mine, others)) and self.modules == other.modules
 
     def marks(self, *more: Tensor) -> list | None:
-        """What changes when one of them is changed; None where that cannot be seen."""
+        """Returns values that differ after any change of the state or of the tensors `more`.
+
+        Returns None if a change could go unnoticed, so that the evaluation must not be remembered.
+        """
         if self.tensors is None:
             return None
         marks: list = [torch.is_grad_enabled(), torch.is_autocast_enabled(), _optimizer_steps]
@@ -175,7 +183,8 @@ class _Reads:
         try:
             for t in (*more, *self.tensors):
                 marks += (t._version, t.data_ptr(), t.requires_grad)
-        except RuntimeError:  # a tensor without a version (inference mode) or without memory (fake, meta, torch.func)
+        # Tensors of the inference mode have no version, and those of torch.func (or fake ones) have no memory.
+        except RuntimeError:
             return None
         return marks
 
@@ -185,6 +194,6 @@ def _is_cache(name: str) -> bool:
 
 
 def forget_param_store(module: nn.Module) -> None:
-    """Takes off what Pyro's parameter store has hung on the parameters: weak references, which cannot be pickled."""
+    """Removes the weak references that Pyro's parameter store attaches to parameters, and which cannot be pickled."""
     for p in module.parameters():
         vars(p).pop("unconstrained", None)

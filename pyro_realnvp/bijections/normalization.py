@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Normalisation layers. The way from data to latent is forward; a flow from base to data holds their ``.inv``."""
+"""Normalization layers. Their forward direction is data to latent, so a flow from base to data holds their ``.inv``."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from .shapes import along_channels, channel_events, positions
 
 
 class _Normalization(Bijection):
-    """What both share: statistics for each entry of a vector or for each channel of an image."""
+    """The base class of both layers, with statistics for each entry of a vector or each channel of an image."""
 
     elementwise = True
 
@@ -29,32 +29,34 @@ class _Normalization(Bijection):
         return (positions(x, event_dim) * ladj).expand(x.shape[: x.dim() - event_dim])
 
     def _is_training_batch(self, x: Tensor) -> bool:
-        """Whether x may move statistics: a pass that trains, over at least two events."""
+        """Whether x may set or move the statistics: it is a training pass with gradients, over at least two events."""
         batch_shape = x.shape[: x.dim() - len(self.event_shape)]
         return self.training and torch.is_grad_enabled() and batch_shape.numel() > 1
 
 
 class ActNorm(_Normalization):
-    r""":math:`y = (x - \mu) \odot \exp(-s),\quad \log|\det \partial y / \partial x| = -\sum s`, both learned and
-    initialised on data  (Glow; Kingma & Dhariwal 2018, section 3.1).
+    r""":math:`y = (x - \mu) \odot \exp(-s),\quad \log|\det \partial y / \partial x| = -\sum s`, where :math:`\mu`
+    and s are learned after they were initialized from data  (Glow; Kingma & Dhariwal 2018, section 3.1).
 
-    It starts as the identity. It is initialised, so that y has mean 0 and deviation 1 in each column, either explicitly
-    by :meth:`initialize` or by the first pass in the data direction, which is forward, in train mode with gradients on
-    and at least two rows. Nothing else initialises it: not sampling, not scoring under ``no_grad`` or in ``eval`` mode,
-    not a single row. A constant column is centred, and its scale stays. The flag is saved with the state. (That pass
-    looks at values, so initialise before ``torch.compile(fullgraph=True)`` in train mode.)
+    Until it is initialized, the bijection is the identity. The initialization gives each column of y mean 0 and
+    standard deviation 1; a constant column gets mean 0 and keeps its scale. It happens when you call
+    :meth:`initialize`, or in the first pass in the data direction, which is forward, if that pass runs in train mode,
+    with gradients, on at least two rows. Other passes (sampling, ``eval`` mode, ``no_grad``) never initialize it.
+
+    The ``state_dict`` holds the flag ``initialized``. The initializing pass branches on values, so initialize before
+    you compile the train mode with ``torch.compile(fullgraph=True)``.
 
     Args:
-        input_dim: the size D of an event, or its channels.
-        event_dim: how many axes an event has, the first of them the channels: 1 for vectors, 3 for images, whose
-            channels are normalised over all positions.
+        input_dim: the size D of a vector, or the number D of channels of an image.
+        event_dim: the number of axes of an event: 1 for vectors, 3 for images, whose first axis holds the channels.
+            Each channel is normalized over all positions.
 
     Shapes:
-        ``(..., D)`` to ``(..., D)``, images ``(..., D, H, W)`` to the same; the log-determinant, in nats, is shaped
+        ``(..., D)`` to ``(..., D)``; images ``(..., D, H, W)`` to the same. The log-determinant, in nats, is shaped
         like the batch.
 
     Raises:
-        ValueError: initialised on values that are not finite.
+        ValueError: the values of the initialization are not finite.
 
     Example:
         >>> f = ActNorm(2).initialize(torch.tensor([[0.0, 10.0], [2.0, 30.0]]))
@@ -76,7 +78,11 @@ class ActNorm(_Normalization):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> "ActNorm":
-        """Sets location and scale from x, ``(..., D)`` with at least two rows, or images; returns itself."""
+        """Sets the location and the scale from x and returns the bijection itself.
+
+        Args:
+            x: at least two rows, of shape ``(..., D)``, or images of shape ``(..., D, H, W)``.
+        """
         check_event_shape(self, x.shape, self.event_shape)
         loc, scale = column_statistics(self._rows(x), self.event_shape[0])
         self.loc.copy_(loc)
@@ -94,7 +100,8 @@ class ActNorm(_Normalization):
         x = y * self._along(self.log_scale.exp()) + self._along(self.loc)
         return x, self._expand(self.log_scale.sum(), x)
 
-    # A Python flag, not a buffer: reading a buffer would stall a GPU at every step and break a compiled graph.
+    # The flag is a Python value and not a buffer, since code that branches on a buffer would wait for the GPU at every
+    # step and break a compiled graph. So it needs these two methods to get into the state_dict.
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.initialized)
 
@@ -104,26 +111,31 @@ class ActNorm(_Normalization):
 
 class BatchNorm(_Normalization):
     r""":math:`y = (x - \tilde\mu) / \sqrt{\tilde\sigma^2},\quad
-    \log|\det \partial y / \partial x| = -\tfrac12 \sum \log \tilde\sigma^2`, with running averages
-    (Dinh et al. 2017, section 3.7 and appendix E).
+    \log|\det \partial y / \partial x| = -\tfrac12 \sum \log \tilde\sigma^2`, where
+    :math:`\tilde\mu, \tilde\sigma^2` are running averages (Dinh et al. 2017, section 3.7 and appendix E).
 
-    A training pass in the data direction, which is forward, moves the averages first,
+    A training pass in the data direction, which is forward, first moves the averages towards the statistics
+    :math:`\hat\mu, \hat\sigma^2` of its batch,
     :math:`\tilde\mu \leftarrow \rho \tilde\mu + (1 - \rho) \hat\mu`,
-    :math:`\tilde\sigma^2 \leftarrow \rho \tilde\sigma^2 + (1 - \rho) (\hat\sigma^2 + \epsilon)`, and then normalises
-    with the moved ones; gradients flow through the batch's own :math:`\hat\mu, \hat\sigma^2`. Both directions use the
-    same averages, so the round trip is exact in train mode too. Sampling, ``eval`` mode, ``no_grad``, batches of a
-    single row and columns with nan or inf move nothing. In train mode the density of a row depends on its batch, so
-    score in ``eval`` mode.
+    :math:`\tilde\sigma^2 \leftarrow \rho \tilde\sigma^2 + (1 - \rho) (\hat\sigma^2 + \epsilon)`. It then normalizes
+    with the moved averages, and gradients flow through :math:`\hat\mu, \hat\sigma^2`. The inverse uses the same
+    averages, so the round trip is exact in train mode too. Sampling, ``eval`` mode, ``no_grad`` and a batch of a single
+    row do not move the averages, and a column with nan or inf does not move its own. In train mode the density of a row
+    depends on its batch, so score in ``eval`` mode.
 
     Args:
-        input_dim: the size D of an event, or its channels.
-        momentum: :math:`\rho`, in [0, 1).
-        eps: :math:`\epsilon > 0`, the smallest variance; it keeps a constant column harmless.
-        event_dim: how many axes an event has, the first of them the channels: 1 for vectors, 3 for images.
+        input_dim: the size D of a vector, or the number D of channels of an image.
+        momentum: the weight :math:`\rho` of the old averages, in [0, 1).
+        eps: a constant :math:`\epsilon > 0` that is added to the variance of a batch, so that a constant column never
+            leads to a division by zero.
+        event_dim: the number of axes of an event: 1 for vectors, 3 for images, whose first axis holds the channels.
 
     Shapes:
-        ``(..., D)`` to ``(..., D)``, images ``(..., D, H, W)`` to the same; the log-determinant, in nats, is shaped
+        ``(..., D)`` to ``(..., D)``; images ``(..., D, H, W)`` to the same. The log-determinant, in nats, is shaped
         like the batch.
+
+    Raises:
+        ValueError: ``momentum`` is not in [0, 1), or ``eps`` is not positive.
 
     Example:
         >>> f = BatchNorm(2)
@@ -154,7 +166,8 @@ class BatchNorm(_Normalization):
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        finite = mean.isfinite() & variance.isfinite()  # a bad batch shows in its loss; it must not stay for ever
+        # The loss reveals a batch with nan or inf, but such a batch must not spoil the averages for all later batches.
+        finite = mean.isfinite() & variance.isfinite()
         self.mean.copy_(torch.where(finite, mean, self.mean))
         self.variance.copy_(torch.where(finite, variance, self.variance))
 

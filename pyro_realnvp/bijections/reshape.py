@@ -15,7 +15,14 @@ class Permute(Bijection):
     The permutation is a buffer: it is saved, loaded and moved with the module.
 
     Args:
-        permutation: shape ``(D,)``, each of 0, ..., D - 1 once; ``torch.randperm(D)`` for a random one.
+        permutation: the permutation :math:`\pi`, a vector of shape ``(D,)`` that holds each of 0, ..., D - 1 once;
+            ``torch.randperm(D)`` gives a random one.
+
+    Shapes:
+        ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
+
+    Raises:
+        ValueError: the vector does not hold each of 0, ..., D - 1 once.
 
     Example:
         >>> Permute(torch.tensor([2, 0, 1]))(torch.tensor([10.0, 20.0, 30.0]))
@@ -45,14 +52,16 @@ class Squeeze(Bijection):
     r""":math:`(C, H, W) \to (4C, H/2, W/2),\quad \log|\det \partial y / \partial x| = 0`: space to channels
     (Dinh et al. 2017, section 3.6 and figure 3).
 
-    Of each channel, a square of 2 x 2 pixels becomes four channels at one position, in reading order: upper left, upper
-    right, lower left, lower right. Channel c becomes the channels 4c, ..., 4c + 3.
+    Each square of 2 x 2 pixels of channel c becomes one position with the channels 4c, ..., 4c + 3, in reading order:
+    upper left, upper right, lower left, lower right.
 
     Shapes:
-        ``(..., C, H, W)`` with even H and W to ``(..., 4 C, H / 2, W / 2)``, of any size.
+        ``(..., C, H, W)`` with even H and W to ``(..., 4 C, H / 2, W / 2)``; the log-determinant, in nats, is shaped
+        like the batch.
 
     Raises:
-        ValueError: an odd height or width; on the way back, channels that are not a multiple of four.
+        ValueError: the height or width is odd, or the input of the inverse has a number of channels that is not a
+            multiple of four.
 
     Example:
         >>> x = torch.arange(16.0).reshape(1, 4, 4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes: what broadcasts, what is summed, what is moved."""
+"""Helpers for shapes: event axes, broadcasting with a context, and squeezing."""
 
 import torch
 from torch import Tensor
@@ -7,34 +7,34 @@ from torch.distributions import constraints
 
 
 def real_events(event_dim: int) -> constraints.Constraint:
-    """The constraint of real events with `event_dim` axes."""
+    """Returns the constraint of real-valued events with `event_dim` axes."""
     return constraints.independent(constraints.real, event_dim) if event_dim else constraints.real
 
 
 def sum_events(x: Tensor, event_dim: int) -> Tensor:
-    """The sum over the last `event_dim` axes."""
+    """Returns the sum over the last `event_dim` axes."""
     return x.sum(tuple(range(-event_dim, 0))) if event_dim else x
 
 
 def channel_events(channels: int, event_dim: int) -> tuple[int | None, ...]:
-    """The shape of events whose first axis are the channels, the others of any size."""
+    """Returns the shape of events whose first axis holds the channels and whose other axes have any size."""
     if event_dim < 1:
         raise ValueError(f"expected event_dim >= 1: 1 for vectors, 3 for images; got {event_dim}")
     return (channels,) + (None,) * (event_dim - 1)
 
 
 def along_channels(values: Tensor, event_dim: int) -> Tensor:
-    """A vector with an entry for each channel, so that it broadcasts with events whose first axis are the channels."""
+    """Reshapes a vector with one entry per channel, so that it broadcasts with events whose first axis is channels."""
     return values.reshape(-1, *(1,) * (event_dim - 1))
 
 
 def positions(x: Tensor, event_dim: int) -> int:
-    """How many positions each channel of an event has."""
+    """Returns the number of positions of each channel of an event: H W for an image, 1 for a vector."""
     return x.shape[x.dim() - event_dim + 1 :].numel()
 
 
 def broadcast_batch(x: Tensor, context: Tensor | None, event_dim: int = 1) -> Tensor:
-    """x, expanded so that its batch has the context's batch shape too."""
+    """Expands x to the batch shape that its own and the context's batch shape broadcast to."""
     if context is None or context.dim() == 1:
         return x
     batch_dim = x.dim() - event_dim
@@ -43,13 +43,16 @@ def broadcast_batch(x: Tensor, context: Tensor | None, event_dim: int = 1) -> Te
 
 
 def squeeze(x: Tensor, factor: int = 2) -> Tensor:
-    """Space to channels: (..., C, H, W) to (..., C f^2, H / f, W / f). (torch's own is wrong on an empty batch.)"""
+    """Moves space to channels: (..., C, H, W) to (..., C f^2, H / f, W / f).
+
+    It replaces torch.nn.functional.pixel_unshuffle, which returns a wrong shape for an empty batch.
+    """
     channels, height, width = x.shape[-3:]
     x = x.reshape(x.shape[:-3] + (channels, height // factor, factor, width // factor, factor))
     return x.movedim((-3, -1), (-4, -3)).flatten(-5, -3)
 
 
 def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
-    """Channels to space, the inverse of `squeeze`."""
+    """Moves channels to space, as the inverse of `squeeze`."""
     x = x.unflatten(-3, (-1, factor, factor)).movedim((-4, -3), (-3, -1))
     return x.flatten(-4, -3).flatten(-2, -1)

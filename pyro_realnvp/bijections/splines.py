@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pyro's rational splines of one entry, the identity at birth."""
+"""Pyro's rational splines of one entry, initialized to the identity."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,12 @@ from .bijection import Bijection
 from .shapes import broadcast_batch
 
 _BINS, _BOUND = 16, 5.0
-_SLOPE_ONE = math.log(math.expm1(1.0 - 1e-3))  # with the smallest slope, which Pyro adds
+# Pyro's slope is 1e-3 + softplus(parameter), so that this parameter gives the slope 1.
+_SLOPE_ONE = math.log(math.expm1(1.0 - 1e-3))
 
 
 def identity_spline() -> T.Spline:
-    """A monotonic spline of one entry, the identity at birth."""
+    """Returns a monotonic spline of one entry that is the identity at first."""
     spline = T.Spline(1, count_bins=_BINS, bound=_BOUND)
     with torch.no_grad():
         for p in spline.parameters():
@@ -26,7 +27,7 @@ def identity_spline() -> T.Spline:
 
 
 class ConditionalSpline(Bijection):
-    """A spline whose knots a network reads from the context."""
+    """A monotonic spline of one entry whose knots a network computes from the context; at first it is the identity."""
 
     def __init__(self, context_dim: int, hidden_dims: Sequence[int]):
         super().__init__((1,), context_dim=context_dim)
@@ -38,7 +39,7 @@ class ConditionalSpline(Bijection):
             last.bias[2 * _BINS :] = _SLOPE_ONE
 
     def _broadcast(self, value: Tensor, context: Tensor) -> tuple[Tensor, T.Spline]:
-        """The value and the spline of each row, for Pyro's splines do not broadcast."""
+        """Returns the value and the splines with one batch shape, since Pyro's splines do not broadcast."""
         value = broadcast_batch(value, context)
         return value, self.spline.condition(context.expand(*value.shape[:-1], -1))
 
