@@ -9,7 +9,7 @@ from .bijections.conditioners import MLP, ConvResNet
 from .bijections.coupling import AdditiveCoupling, AffineCoupling, Coupling, VolumePreservingCoupling
 from .bijections.elementwise import Logit, Standardize, Unbound
 from .bijections.factor_out import FactorOut
-from .bijections.linear import ConditionalAffine, InvertibleLinear, TriangularAffine
+from .bijections.linear import ConditionalAffine, InvertibleLinear, LowRankAffine, TriangularAffine
 from .bijections.masks import Mask
 from .bijections.normalization import ActNorm, BatchNorm
 from .bijections.reshape import Permute, Squeeze

@@ -95,6 +95,14 @@ def draw_triangular(draw):
     return rn.TriangularAffine(dim, full=draw(st.booleans())).start_at(torch.randn(dim), tril)
 
 
+def draw_low_rank(draw):
+    dim = draw(st.integers(1, 4), label="D")
+    rank = draw(st.integers(0, dim), label="rank")
+    directions = torch.linalg.qr(torch.randn(dim, dim)).Q[:, :rank]
+    start = torch.randn(dim), torch.rand(dim) + 0.5, directions, torch.rand(rank) * 2 + 0.5
+    return rn.LowRankAffine(dim, rank=draw(st.integers(rank, dim), label="K")).start_at(*start)
+
+
 def draw_fitted(draw, cls, fit):
     dim = draw_dim(draw)
     return fit(cls(dim), 3 * torch.randn(50, dim) + 1)
@@ -144,6 +152,7 @@ CASES = [
     Case("linear", rn.InvertibleLinear, draw_random_linear),
     Case("conditional affine", rn.ConditionalAffine, lambda draw: rn.ConditionalAffine(draw_dim(draw), context_dim=3)),
     Case("triangular", rn.TriangularAffine, draw_triangular),
+    Case("low rank", rn.LowRankAffine, draw_low_rank),
     Case("actnorm", rn.ActNorm, lambda draw: draw_fitted(draw, rn.ActNorm, rn.ActNorm.initialize)),
     Case("batchnorm", rn.BatchNorm, lambda draw: rn.BatchNorm(draw_dim(draw))),
     Case("standardize", rn.Standardize, lambda draw: draw_fitted(draw, rn.Standardize, rn.Standardize.fit)),

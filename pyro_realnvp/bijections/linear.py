@@ -138,6 +138,79 @@ class TriangularAffine(Bijection):
         return start.log().sum() + self.log_diagonal.sum()
 
 
+class LowRankAffine(Bijection):
+    r""":math:`y = \mu + S (1 + V (R - 1) V^T) (m + T x)`: :class:`TriangularAffine` for many dimensions, with a
+    diagonal T and a start that is diagonal but for K directions.
+
+    :math:`\mu`, the diagonal S, the orthonormal columns of V, and the diagonal R are fixed by :meth:`start_at`, 0 and 1
+    before; m and the diagonal T are learned, and start at 0 and 1. The log-determinant is the sum of the logarithms of
+    S, R and T.
+
+    Args:
+        input_dim: the size D of an event.
+        rank: the number K of directions.
+
+    Shapes:
+        ``(..., D)`` to ``(..., D)``; the log-determinant, in nats, is shaped like the batch.
+
+    Example:
+        >>> f = LowRankAffine(3, rank=1)
+        >>> direction = torch.tensor([[1.0], [0.0], [0.0]])
+        >>> _ = f.start_at(torch.zeros(3), torch.ones(3), direction, torch.tensor([5.0]))
+        >>> f(torch.ones(3))
+        tensor([5., 1., 1.], grad_fn=<...>)
+    """
+
+    def __init__(self, input_dim: int, *, rank: int):
+        super().__init__((input_dim,))
+        self.register_buffer("start_loc", torch.zeros(input_dim))
+        self.register_buffer("start_scale", torch.ones(input_dim))
+        self.register_buffer("directions", torch.zeros(input_dim, rank))
+        self.register_buffer("stretches", torch.ones(rank))
+        self.loc = nn.Parameter(torch.zeros(input_dim))
+        self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
+
+    @torch.no_grad()
+    def start_at(self, loc: Tensor, scale: Tensor, directions: Tensor, stretches: Tensor) -> "LowRankAffine":
+        """Sets mu, ``(D,)``, S, ``(D,)``, V, ``(D, k)``, and R, ``(k,)``, with k up to K, and returns the bijection.
+
+        Raises:
+            ValueError: an entry is not finite, a scale or stretch is not positive, or V is not orthonormal.
+        """
+        tensors = (loc, scale, directions, stretches)
+        if not all(t.isfinite().all() for t in tensors) or not (scale > 0).all() or not (stretches > 0).all():
+            raise ValueError("expected finite tensors, and scale and stretches that are positive")
+        eye = torch.eye(directions.shape[1]).to(directions)
+        if not torch.allclose(directions.mT @ directions, eye, atol=1e-4):
+            raise ValueError("expected directions with orthonormal columns: pass torch.linalg.qr(directions).Q")
+        rank = len(stretches)
+        self.start_loc.copy_(loc)
+        self.start_scale.copy_(scale)
+        self.directions.zero_()[:, :rank] = directions.to(self.directions)
+        self.stretches.fill_(1.0)[:rank] = stretches.to(self.stretches)
+        return self
+
+    def forward_and_ladj(self, x, context=None):
+        x = self.loc + x * self.log_diagonal.exp()
+        x = x + ((x @ self.directions) * (self.stretches - 1)) @ self.directions.mT
+        return self.start_loc + self.start_scale * x, self._ladj().expand(x.shape[:-1])
+
+    def inverse_and_ladj(self, y, context=None):
+        x = (y - self.start_loc) / self.start_scale
+        # The identity of Woodbury. It holds whatever the rounding of V is, as it is after a change of precision.
+        along = torch.linalg.solve(self._small(), (x @ self.directions).unsqueeze(-1)).squeeze(-1)
+        x = x - ((self.stretches - 1) * along) @ self.directions.mT
+        return (x - self.loc) * (-self.log_diagonal).exp(), -self._ladj().expand(y.shape[:-1])
+
+    def _small(self) -> Tensor:
+        """1 + V^T V (R - 1), which has the determinant of 1 + V (R - 1) V^T."""
+        eye = torch.eye(len(self.stretches), dtype=self.stretches.dtype, device=self.stretches.device)
+        return eye + self.directions.mT @ self.directions * (self.stretches - 1)
+
+    def _ladj(self) -> Tensor:
+        return self.start_scale.log().sum() + torch.linalg.slogdet(self._small()).logabsdet + self.log_diagonal.sum()
+
+
 def _solve(tril: Tensor, x: Tensor) -> Tensor:
     """Solves `tril @ z = v` for each vector v along the last axis of x; `tril` is lower triangular."""
     rows = x.reshape(-1, x.shape[-1])
