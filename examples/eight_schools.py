@@ -67,8 +67,8 @@ print(diagnose(normal, y, num_samples=10_000))
 # -------------
 # NUTS samples the same model with theta standardized by mu and tau (the "non-centered" form), which has no funnel.
 num_draws = 1000 if args.num_steps >= 100 else 10  # the short mode draws few
-noncentred = poutine.reparam(model, config={"theta": LocScaleReparam(0.0)})
-mcmc = MCMC(NUTS(noncentred), num_draws, warmup_steps=num_draws, disable_progbar=True)
+noncentered = poutine.reparam(model, config={"theta": LocScaleReparam(0.0)})
+mcmc = MCMC(NUTS(noncentered), num_draws, warmup_steps=num_draws, disable_progbar=True)
 mcmc.run(y)
 nuts = mcmc.get_samples()
 nuts["theta"] = nuts["mu"][:, None] + nuts["tau"][:, None] * nuts.pop("theta_decentered")

@@ -94,8 +94,8 @@ class Dequantized(dist.TorchDistribution):
         shape = (self.num_samples,)
         if self.noise is None:
             return torch.rand(shape + value.shape, dtype=like.dtype, device=like.device), 0.0
-        centred = (value.to(like.dtype) + 0.5) * (2 / self.levels) - 1
-        q = self.noise(centred.flatten(value.dim() - self.event_dim))
+        centered = (value.to(like.dtype) + 0.5) * (2 / self.levels) - 1
+        q = self.noise(centered.flatten(value.dim() - self.event_dim))
         if hasattr(q, "rsample_and_log_prob"):  # a flow of this package: one pass gives both
             u, log_q = q.rsample_and_log_prob(shape)
         else:

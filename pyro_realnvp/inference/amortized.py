@@ -6,17 +6,20 @@ from contextlib import ExitStack
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from ..bijections.compose import Compose
 from ..bijections.linear import ConditionalAffine
 from ..bijections.shapes import sum_events
 from ..distributions import Flow
 from ..flows import real_nvp
-from .base import GuideBase
+from .base import GuideBase, quantiles_of
+from .mapping import map_over
+from .sites import Rows, unconstraining
 
 
 class AmortizedRealNVP(GuideBase, AutoGuide):
@@ -90,7 +93,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         self._frames = [frame for frame in sites[0][1]["cond_indep_stack"] if frame.vectorized]
         self._shapes = {}  # the event shape of each site in unconstrained coordinates
         for name, site in sites:
-            inverse = biject_to(site["fn"].support).inv
+            inverse = unconstraining(name, site["fn"].support).inv
             value = inverse(site["value"])
             event_dim = value.dim() - site["value"].dim() + site["fn"].event_dim
             self._shapes[name] = value.shape[value.dim() - event_dim :]
@@ -141,6 +144,33 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
             return dict(self._unpack(latent))
 
+    @torch.no_grad()
+    def sample(self, num_samples: int, *args, **kwargs) -> dict[str, Tensor]:
+        """Draws of each site for the rows of the arguments, ``(num_samples,) + site shape``.
+
+        Args:
+            num_samples: the number of draws.
+            args, kwargs: the model's arguments. Where the model draws rows, all draws are for the same rows.
+        """
+        with poutine.block(), poutine.trace() as capture:
+            self(*args, **kwargs)
+        rows = {name: site["value"] for name, site in capture.trace.nodes.items() if site_is_subsample(site)}
+
+        def draw(_: Tensor) -> tuple[dict[str, Tensor]]:
+            with poutine.block(), pyro.validation_enabled(False), Rows(rows):
+                return (self(*args, **kwargs),)
+
+        (draws,) = map_over(draw, torch.zeros(num_samples), is_mapped=True)
+        return draws
+
+    def median(self, *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
+        """The posterior median of each latent for the rows of the arguments, from samples."""
+        return {name: v[0] for name, v in self.quantiles([0.5], *args, num_samples=num_samples, **kwargs).items()}
+
+    def quantiles(self, quantiles: Sequence[float], *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
+        """Posterior quantiles of each latent for the rows of the arguments, ``(len(quantiles),) + site shape``."""
+        return quantiles_of(self.sample(num_samples, *args, **kwargs), quantiles)
+
     def _check_context(self, context: Tensor, plates: dict[str, pyro.plate]) -> None:
         sizes = {frame.dim: plates[frame.name].subsample_size for frame in self._frames}
         expected = (*(sizes.get(dim, 1) for dim in range(min(sizes), 0)), self.context_dim)
@@ -158,7 +188,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         entries = latent.split([shape.numel() for shape in self._shapes.values()], -1)
         for (name, shape), part in zip(self._shapes.items(), entries):
             fn = self.prototype_trace.nodes[name]["fn"]
-            transform = biject_to(fn.support)
+            transform = unconstraining(name, fn.support)
             unconstrained = part.reshape(latent.shape[:-1] + shape)
             value = transform(unconstrained)
             ladj = 0.0

@@ -3,12 +3,18 @@
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 import pyro
-from torch import nn
+import torch
+from pyro.infer.autoguide import AutoContinuous
+from pyro.params.param_store import param_with_module_name
+from torch import Tensor, nn
 
 from ..bijections.memo import forget_param_store
+from .density import LogDensity
+from .sites import is_enumerated
 
 
 class GuideBase:
@@ -26,7 +32,11 @@ class GuideBase:
     """Whether the guide starts near the posterior, where the path derivative of the ELBO has the lower variance."""
 
     draws_all_at_once = False
-    """Whether ``get_transform()`` maps one draw of ``get_base_dist()`` to all latents."""
+    """Whether the submodule ``transform`` takes one draw of ``get_base_dist()`` to all latents, in the coordinates that
+    :meth:`set_coordinates` gives a density."""
+
+    def set_coordinates(self, density: LogDensity) -> None:
+        """Gives the log-density of a model the coordinates in which this guide draws all latents at once."""
 
     def mark_trained(self) -> None:
         """Is called by :func:`fit_guide` when the training ends. A subclass may override it."""
@@ -61,6 +71,11 @@ class GuideBase:
             self.prototype_trace = None  # so that a guide without parameters does not count as built
             raise
 
+    @staticmethod
+    def _prototype_hide_fn(msg: dict) -> bool:
+        """Hides from the prototype what is no latent. (Pyro's own keeps the sites that are summed over.)"""
+        return AutoContinuous._prototype_hide_fn(msg) or is_enumerated(msg)
+
     def make_parameters(self, args: tuple, kwargs: dict) -> None:
         """Makes the guide's parameters and submodules. The model's trace is in ``self.prototype_trace``.
 
@@ -72,13 +87,57 @@ class GuideBase:
     def own(self, name: str) -> nn.Module:
         """A submodule of the guide, registered in Pyro's parameter store under the guide's own name.
 
-        Under the name of the class, Pyro would give a second guide the parameters of the first.
+        Under the name of the class, Pyro would give a second guide the parameters of the first. Where the store was
+        loaded from a file, the guide takes over the values that it finds there under its own name.
         """
         self._check_built()
         module = self._modules[name]
+        store = pyro.get_param_store()
+        first = next(module.parameters(), None)
+        is_new = first is not None and store.param_name(first) is None
+        if is_new:
+            self._take_from_store(f"{self._store_name}.{name}", module)
         if self._pyro_context.active:
             pyro.module(f"{self._store_name}.{name}", module)
+            if is_new:
+                self._put_buffers_into_store()
         return module
+
+    @torch.no_grad()
+    def _take_from_store(self, prefix: str, module: nn.Module) -> None:
+        """Copies into a submodule, and into the guide's buffers, what the store holds under their names."""
+        store = pyro.get_param_store()
+        tensors = {param_with_module_name(prefix, name): p for name, p in module.named_parameters()}
+        stored = [name for name in tensors if name in store]
+        if not stored:
+            return
+        for name in stored:
+            _copy(name, store[name], tensors[name])
+            del store[name]  # so that pyro.module puts the guide's own tensor there
+        for name, buffer in self._stored_buffers().items():
+            if name in store:
+                _copy(name, store[name], buffer)
+
+    @torch.no_grad()
+    def _put_buffers_into_store(self) -> None:
+        """Writes into the store what the guide has found out about the model and does not learn.
+
+        No trace sees these entries, so no optimizer does. Pyro's files then hold the whole guide. (With
+        ``module_local_params`` Pyro keeps nothing of a guide in the store, and a file of its state holds it.)
+        """
+        if pyro.settings.get("module_local_params"):
+            return
+        store = pyro.get_param_store()
+        for name, buffer in self._stored_buffers().items():
+            value = buffer if buffer.is_floating_point() else buffer.to(torch.get_default_dtype())
+            if name in store:
+                del store[name]
+            store.setdefault(name, value.clone())
+
+    def _stored_buffers(self) -> dict[str, Tensor]:
+        learned = {name for name, _ in self.named_parameters()}
+        state = super().state_dict(keep_vars=True)
+        return {param_with_module_name(self._store_name, k): v for k, v in state.items() if k not in learned}
 
     def _check_built(self) -> None:
         if self.prototype_trace is None:
@@ -110,9 +169,27 @@ class GuideBase:
         return clone
 
 
-_UNPICKLED = ("_model", "_plain_model", "master", "_init_flow_fn")
-_count = itertools.count()
+_UNPICKLED = ("_model", "_plain_model", "master", "_init_flow_fn", "_arguments")
+_counts: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def _new_name(guide: GuideBase) -> str:
-    return f"{type(guide).__name__}_{next(_count)}"
+    """A name that follows from how many guides of its class were made before, so that a script finds it again."""
+    kind = type(guide).__name__
+    return f"{kind}_{next(_counts[kind])}"
+
+
+def quantiles_of(draws: dict[str, Tensor], quantiles: Sequence[float]) -> dict[str, Tensor]:
+    """Quantiles of the draws of each site, ``(len(quantiles),) + site shape``."""
+    levels = torch.as_tensor(quantiles, dtype=torch.float64)
+    return {name: values.quantile(levels.to(values), dim=0) for name, values in draws.items()}
+
+
+def _copy(name: str, value: Tensor, target: Tensor) -> None:
+    if value.shape != target.shape:
+        raise RuntimeError(
+            f"Pyro's parameter store has {name!r} of the shape {tuple(value.shape)}, and the guide has "
+            f"{tuple(target.shape)} there: make the guides in the same order, with the same options and model, as when "
+            "the store was saved, or call pyro.clear_param_store()"
+        )
+    target.copy_(value)

@@ -6,43 +6,49 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from pyro.infer.importance import vectorized_importance_weights
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from .traces import can_vectorize, check_argument_names, latents, model_of, plate_nesting, run
+from .density import DEFAULT_MEMORY, LogDensity
+from .particles import particles_of
+from .traces import check_argument_names, model_of, run, values_of
+
+_MOST_PASSES = 100_000  # enough for all rows, since the weights must be those of the whole data
 
 
 @dataclass
 class Diagnosis:
-    r"""The outcome of :func:`diagnose`; ``print`` it. The importance weights are :math:`w_i = p(x, z_i) / q(z_i)`."""
+    r"""The result of :func:`diagnose`, to be printed. The importance weights are :math:`w_i = p(x, z_i) / q(z_i)`."""
 
     pareto_k: float
     """Shape of the weights' tail (PSIS; Vehtari et al. 2024): below 0.5 the guide is good, above 0.7 it is not."""
     log_evidence: float
     """log p(x), estimated as the logarithm of the mean weight, in nats."""
     log_evidence_error: float
-    """Its standard error, in nats; not to be trusted where k is above 0.7."""
+    """The standard error of the evidence, in nats, which cannot be trusted if k is above 0.7."""
     elbo: float
     """The mean of the logarithms of the weights, in nats; the gap to the evidence is KL(q || p)."""
     effective_sample_size: float
-    """How many draws from the posterior the weighted draws are worth."""
+    """The number of draws from the posterior that the weighted draws are worth."""
     log_weights: Tensor
-    """Of each draw, ``(num_samples,)``."""
+    """The logarithm of the weight of each draw, ``(num_samples,)``."""
     draws: dict[str, Tensor]
     """The guide's draws of each site, ``(num_samples,) + site shape``."""
 
     def resample(self, num_samples: int) -> dict[str, Tensor]:
-        """Draws nearer to the posterior than the guide's own, by importance resampling, where k is below 0.7."""
+        """Draws from the guide's draws in proportion to their weights.
+
+        If k is below 0.7, the result is nearer to the posterior than the guide's own draws.
+        """
         chosen = torch.multinomial((self.log_weights - self.log_weights.max()).exp(), num_samples, replacement=True)
         return {name: values[chosen] for name, values in self.draws.items()}
 
     def __str__(self) -> str:
         n = len(self.log_weights)
-        # Weights that are nearly equal are good, whatever the tail of what little is left.
+        # If the weights are nearly equal, the guide is good, whatever the tail of their small differences is.
         good = self.pareto_k < 0.5 or self.effective_sample_size > 0.9 * n
         verdict = "good" if good else "usable, with resample()" if self.pareto_k < 0.7 else "poor"
-        remedy = ": train longer, add couplings, reparametrise the model, or use neutra()" if verdict == "poor" else ""
+        remedy = ": train longer, add couplings, reparametrize the model, or use neutra()" if verdict == "poor" else ""
         return (
             f"pareto k               {self.pareto_k:.2f}, {verdict}{remedy}\n"
             f"log evidence           {self.log_evidence:.3f} +- {self.log_evidence_error:.3f} nats\n"
@@ -52,19 +58,28 @@ class Diagnosis:
 
 
 @torch.no_grad()
-def diagnose(guide: Callable, *args, model: Callable | None = None, num_samples: int = 2000, **kwargs) -> Diagnosis:
-    r"""Says how good a guide is: PSIS-k, evidence, effective sample size, from weights
+def diagnose(
+    guide: Callable,
+    *args,
+    model: Callable | None = None,
+    num_samples: int = 2000,
+    memory: int = DEFAULT_MEMORY,
+    **kwargs,
+) -> Diagnosis:
+    r"""Measures how good a guide is, by PSIS-k, evidence and effective sample size, from the importance weights
     :math:`w_i = p(x, z_i) / q(z_i),\ z_i \sim q`.
 
     Args:
         guide: any guide of Pyro, such as an :class:`AutoRealNVP`.
         args, kwargs: the model's arguments, passed on to model and guide.
-        model: the model; known for guides made from one.
-        num_samples: draws; PSIS-k wants a thousand or more.
+        model: the model; only needed for a guide that was not made from one.
+        num_samples: the number of draws; PSIS-k wants a thousand or more.
+        memory: the bytes that one evaluation of many draws may take.
 
     Raises:
-        ValueError: latent sites that only the model or the guide has; weights that are nan; an argument of
-            the model that has the name of an option of this function.
+        ValueError: the model and the guide have different latent sites; a weight is nan; the log-density of a draw
+            depends on other draws or on random numbers that are no sites; an argument of the model has the name of an
+            option of this function.
 
     Example:
         >>> import pyro
@@ -81,45 +96,37 @@ def diagnose(guide: Callable, *args, model: Callable | None = None, num_samples:
     """
     model = model_of(guide) if model is None else model
     check_argument_names(model, diagnose, args)
-    model_trace, guide_trace = run(model, guide, args, kwargs)
-    names = sorted(latents(model_trace))
-    shapes = {name: model_trace.nodes[name]["value"].shape for name in names}
-    nesting = plate_nesting(model_trace, guide_trace)
-    if can_vectorize(model, guide, nesting, args, kwargs):
-        weights, model_trace, _ = vectorized_importance_weights(
-            model, guide, *args, num_samples=num_samples, max_plate_nesting=nesting, **kwargs
-        )
-        draws = {name: model_trace.nodes[name]["value"].reshape(num_samples, *shapes[name]) for name in names}
-    else:
-        pairs = [run(model, guide, args, kwargs) for _ in range(num_samples)]
-        weights = torch.stack([p.log_prob_sum() - q.log_prob_sum() for p, q in pairs])
-        draws = {name: torch.stack([p.nodes[name]["value"] for p, _ in pairs]) for name in names}
+    guide_trace = run(model, guide, args, kwargs)
+    density = LogDensity(model, args, kwargs, values=values_of(guide_trace), memory=memory)
+    particles = particles_of(guide, density, [])
+    points, weights = particles.log_weights(num_samples, density.passes(most=_MOST_PASSES))
+    draws = particles.values(points)
     weights = weights.double()
     if weights.isnan().any() or not weights.isfinite().any():
         raise ValueError(
             f"{int((~weights.isfinite()).sum())} of {num_samples} log-densities are not finite: is the guide trained?"
         )
-    normalised = weights.softmax(0)
+    normalized = weights.softmax(0)
     n = math.log(num_samples)
     return Diagnosis(
         pareto_k=_pareto_k(weights),
         log_evidence=(weights.logsumexp(0) - n).item(),
-        log_evidence_error=(normalised * num_samples).std().item() / math.sqrt(num_samples),
+        log_evidence_error=(normalized * num_samples).std().item() / math.sqrt(num_samples),
         elbo=weights.mean().item(),
-        effective_sample_size=1 / normalised.square().sum().item(),
+        effective_sample_size=1 / normalized.square().sum().item(),
         log_weights=weights,
         draws=draws,
     )
 
 
 def _pareto_k(log_weights: Tensor) -> float:
-    """As Pyro's `psis_diagnostic`, of weights that are there already."""
+    """The estimate of Pyro's `psis_diagnostic`, from weights that are already known."""
     log_weights = (log_weights - log_weights.max()).sort().values
     num_tail = math.ceil(min(0.2 * len(log_weights), 3 * math.sqrt(len(log_weights))))
     cutoff = max(log_weights[-num_tail - 1].item(), math.log(1e-15))
     tail = log_weights[log_weights > cutoff].exp() - math.exp(cutoff)
     if len(tail) < 10:
         return math.inf
-    if tail.max() < 1e-6:  # all weights are equal, up to rounding
+    if tail.max() < 1e-6:  # all weights are equal up to rounding
         return -math.inf
     return float(fit_generalized_pareto(tail)[0])

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A flow as the guide of a whole model."""
 
-import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 import pyro
 import pyro.distributions as dist
@@ -12,47 +11,60 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ..bijections.bijection import Bijection
 from ..bijections.compose import Compose
-from ..bijections.linear import TriangularAffine
 from ..distributions import FlowDistribution
 from ..flows import real_nvp, spline_flow
-from .base import GuideBase
-from .traces import by_site, constrain, run_at
-from .warm_start import Normal, best_normal
+from .base import GuideBase, quantiles_of
+from .coordinates import FromRelative
+from .density import LogDensity
+from .mapping import map_each
+from .normals import LARGEST_FULL, isotropic
+from .relative import Relative
+from .sites import find_sites, unconstraining, unpack, with_fallback
+from .warm_start import warm_start
 
-_LARGEST_FULL = 100  # beyond it a matrix has more entries than data usually tell
+_LARGEST_WIDTH = 128  # of a hidden layer
 
 
 class AutoRealNVP(GuideBase, AutoContinuous):
-    r"""A RealNVP guide over all latent variables of a model: :math:`z = \mu + L\,(m + T f(\epsilon)),\
+    r"""A RealNVP guide over all latent variables of a model: :math:`z = R(\mu + L\,(m + T f(\epsilon))),\
     \epsilon \sim N(0, 1)`, in unconstrained coordinates.
 
-    :math:`\mu` and L are the best normal approximation on the way of Newton's method to a mode, found before the first
-    step (a warm start, as by Pathfinder; Zhang et al. 2022); m and the triangular T are learned with the flow f
-    (:func:`real_nvp`), which starts as the identity. So posteriors whose coordinates have scales 1000 apart and
-    correlations of 0.999 work as they come, and the flow learns what is left. A single latent dimension, which has
-    nothing to be coupled with, gets a spline.
+    :math:`\mu` and L are those of the best normal approximation on the path of Newton's method to a mode, found before
+    the first step (a warm start, as in Pathfinder; Zhang et al. 2022). The shift m and T are learned with the flow f
+    (:func:`real_nvp`), which starts as the identity. R takes coordinates relative to the prior to those of the model,
+    for each latent whose prior has a location or a scale that depends on other latents, such as ``Normal(mu, tau)``
+    (:attr:`relative`). So posteriors whose coordinates have scales 1000 apart and correlations of 0.999 need no
+    rescaling, hierarchies need no reparametrization, and the flow learns what is left. A single latent dimension,
+    which a coupling cannot split, gets a spline.
 
-    Train it with :func:`fit_guide` or Pyro's ``SVI``. It is built by the first call, or by :meth:`build`, which
-    is needed before ``load_state_dict``.
+    Train it with :func:`fit_guide` or Pyro's ``SVI``. The first call builds it, or :meth:`build`, which is needed
+    before ``load_state_dict``.
 
     Args:
-        model: a Pyro model with continuous latent variables, of constant structure.
-        num_couplings: couplings of the flow.
-        hidden_dims: widths of the hidden layers of each coupling; by default as in :func:`real_nvp`.
-        init_loc_fn: where to start, for each site; see Pyro's ``autoguide.initialization``. Flat priors, which have
-            nothing to draw from, start at zero in unconstrained coordinates.
-        init_scale: the standard deviation of the guide where there is no warm start.
-        full: whether L and T are triangular matrices, or diagonal. By default up to 100 dimensions.
-        warm_start: whether to search for the normal approximation. By default up to 100 dimensions.
-        init_flow_fn: makes another bijection of so many dimensions in place of the RealNVP.
+        model: a Pyro model of constant structure. Its latents are continuous, or summed over by ``config_enumerate``.
+        num_couplings: the number of couplings of the flow.
+        hidden_dims: the widths of the hidden layers of each coupling; by default those of :func:`real_nvp`, up to 128.
+        init_loc_fn: the function that gives each site its starting value; see Pyro's ``autoguide.initialization``. Flat
+            priors, which cannot be drawn from, start at zero in unconstrained coordinates.
+        init_scale: the standard deviation of the guide if there is no warm start.
+        full: whether L and T are triangular matrices. Otherwise T is diagonal, and so is L except in a few directions.
+            By default up to 100 dimensions.
+        warm_start: whether to search for the normal approximation and for relative coordinates. By default always,
+            except in an ``AutoGuideList``, where a guide does not see all latents.
+        init_flow_fn: a function of the number of dimensions that makes another bijection in place of the RealNVP.
 
     Raises:
-        ValueError: a log-density at the start that is not finite; latents under a subsampled plate (which need
-            :class:`AmortizedRealNVP`); a state loaded into a guide that is not built.
+        ValueError: the log-density at the start is not finite; a latent is discrete and not summed over, has no
+            unconstrained coordinates, or lies under a subsampled plate (see :class:`AmortizedRealNVP`); with a warm
+            start, the log-density of a draw depends on random numbers that are no sites.
+        RuntimeError: a state is loaded into a guide that is not built.
+
+    Warns:
+        RuntimeWarning: the log-density does not change along a direction of the latents, cannot be differentiated
+            twice, or cannot be mapped over draws.
 
     Example:
         >>> import pyro
@@ -82,30 +94,45 @@ class AutoRealNVP(GuideBase, AutoContinuous):
         warm_start: bool | None = None,
         init_flow_fn: Callable[[int], Bijection] | None = None,
     ):
-        super().__init__(model, init_loc_fn=_with_fallback(init_loc_fn))
+        super().__init__(model, init_loc_fn=with_fallback(init_loc_fn))
         if not init_scale > 0:
             raise ValueError(f"expected init_scale > 0; got {init_scale}")
         self.init_scale, self.full, self.warm_start = init_scale, full, warm_start
         self._options = {"num_couplings": num_couplings, "hidden_dims": hidden_dims}
         self._init_flow_fn = init_flow_fn
+        self._arguments: tuple[tuple, dict] | None = None
 
     def build(self, *args, **kwargs) -> "AutoRealNVP":
-        """Looks at the model and makes the parameters; returns itself. Takes what the model takes."""
+        """Looks at the model and makes the parameters. Returns the guide itself.
+
+        Args:
+            args, kwargs: the model's arguments.
+        """
         is_new = self.prototype_trace is None
         super().build(*args, **kwargs)
         if is_new and self.master is None:
-            self._create_plates(*args, **kwargs)  # which NeuTra wants
+            with poutine.block():
+                self._create_plates(*args, **kwargs)  # NeuTraReparam reads them
         return self
 
     def mark_trained(self) -> None:
         self.fitted.fill_(True)
+        self._put_buffers_into_store()
 
     @property
     def is_trained(self) -> bool:
-        """Whether :func:`fit_guide` was run, or another optimizer has moved it."""
+        """Whether :func:`fit_guide` has trained the guide, or another optimizer has changed it."""
         if self.prototype_trace is None:
             return False
-        return bool(self._buffers["fitted"]) or any(p.any() for p in self._modules["transform"].parts[-1].parameters())
+        affine = self.own("transform").parts[-1]
+        return bool(self._buffers["fitted"]) or any(p.any() for p in affine.parameters())
+
+    def _setup_prototype(self, *args, **kwargs):
+        self._arguments = args, kwargs
+        with poutine.block(), torch.random.fork_rng():
+            # This raises errors that say what cannot be a latent.
+            find_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
+        super()._setup_prototype(*args, **kwargs)
 
     def make_parameters(self, args: tuple, kwargs: dict) -> None:
         for name, frames in self._cond_indep_stacks.items():
@@ -116,68 +143,86 @@ class AutoRealNVP(GuideBase, AutoContinuous):
                         f"{frame.full_size} rows are drawn: its values would be shared between rows. Use "
                         "AmortizedRealNVP for it, or make the plate without subsampling"
                     )
+        values = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
+        density = LogDensity(self.plain_model, args, kwargs, values=values)
+        density.check_finite()
+        self.sites, self.latent_dim = density.sites, density.dim
         start = self._init_loc()
-        dim = self.latent_dim
-        full = dim <= _LARGEST_FULL if self.full is None else self.full
-        normal = Normal(start, self.init_scale * torch.eye(dim, dtype=start.dtype, device=start.device))
-        self._check_start(start, args, kwargs)
-        self.is_warm = False
-        if dim <= _LARGEST_FULL if self.warm_start is None else self.warm_start:
-            normal = self._find_start(normal, args, kwargs)
-        affine = TriangularAffine(dim, full=full).to(start)
-        if not full:  # the best diagonal normal has the deviations of each coordinate given all others
-            deviations = torch.linalg.inv(normal.scale_tril).square().sum(0).rsqrt()
-            normal = Normal(normal.loc, deviations.diag())
-        if self._init_flow_fn:
-            flow = self._init_flow_fn(dim)
-        else:
-            flow = real_nvp(dim, **self._options) if dim > 1 else spline_flow()
+        # A part of a list of guides cannot see what the other parts draw.
+        self._has_dynamic_supports = self.master is None and self._find_dynamic_supports(density, start)
+        normal = None
+        if self.master is None if self.warm_start is None else self.warm_start:
+            normal = warm_start(density, start, self.init_scale)
+        self.is_warm = normal is not None
+        normal = normal or isotropic(start, self.init_scale)
+        self._is_mapped = density.is_mapped
+        self._relative_names = list(density.relative)
+        for name in ("precision", "shift"):
+            pieces = [getattr(relative, name).reshape(-1) for relative in density.relative.values()]
+            self.register_buffer(f"relative_{name}", torch.cat([start.new_zeros(0), *pieces]).to(start))
         self.register_buffer("fitted", torch.tensor(False))
-        self.transform = Compose([flow.to(start), affine.start_at(*normal)])
+        if self._init_flow_fn:
+            flow = self._init_flow_fn(self.latent_dim)
+        else:
+            flow = self._make_flow(self.latent_dim)
+        full = self.latent_dim <= LARGEST_FULL if self.full is None else self.full
+        self.transform = Compose([flow.to(start), normal.bijection(full).to(start)])
 
-    def _find_start(self, start: Normal, args: tuple, kwargs: dict) -> Normal:
-        """The best normal, in double precision where the model can be evaluated in it."""
-        for dtype in dict.fromkeys((torch.float64, start.loc.dtype)):
-            try:
-                with pyro.validation_enabled(False), torch.random.fork_rng():
-                    found = best_normal(
-                        lambda z: self._log_density(z, args, kwargs), Normal(*(t.to(dtype) for t in start))
-                    )
-                self.is_warm = True
-                return found
-            except (RuntimeError, TypeError, NotImplementedError) as error:  # mixed types, or no second derivative
-                problem = error
-        warnings.warn(
-            f"no warm start, since the model's log-density could not be differentiated twice ({problem}): "
-            f"the guide starts at init_loc_fn with init_scale={self.init_scale}",
-            RuntimeWarning,
-            stacklevel=2,
+    def _make_flow(self, dim: int) -> Bijection:
+        if dim == 1:
+            return spline_flow()
+        options = self._options
+        if options["hidden_dims"] is None:
+            options = options | {"hidden_dims": [min(max(32, 2 * dim), _LARGEST_WIDTH)] * 2}
+        return real_nvp(dim, **options)
+
+    @property
+    def relative(self) -> dict[str, Relative]:
+        """The latents whose coordinates are relative to their priors."""
+        shapes = [self.sites[name].shape for name in self._relative_names]
+        pieces = [
+            flat.split([shape.numel() for shape in shapes])
+            for flat in (self._buffers["relative_precision"], self._buffers["relative_shift"])
+        ]
+        tensors = [[part.reshape(shape) for part, shape in zip(parts, shapes)] for parts in pieces]
+        return {name: Relative(*pair) for name, pair in zip(self._relative_names, zip(*tensors))}
+
+    def _density(self) -> LogDensity:
+        """The log-density of the model with the arguments of the last call, in the guide's own coordinates."""
+        if self._arguments is None:
+            raise RuntimeError("the coordinates of this guide depend on its model: call the guide once, guide(*args)")
+        args, kwargs = self._arguments
+        values = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
+        density = LogDensity(self.plain_model, args, kwargs, values=values)
+        self.set_coordinates(density)
+        density.is_mapped = self._is_mapped
+        return density
+
+    def set_coordinates(self, density: LogDensity) -> None:
+        sizes, own = ({name: site.size for name, site in sites.items()} for sites in (density.sites, self.sites))
+        if sizes != own:
+            raise ValueError(
+                f"the guide has the latents {own}, and the model with these arguments {sizes}: make the guide (again) "
+                "with this model and these arguments"
+            )
+        density.relative = self.relative
+
+    def _init_loc(self) -> Tensor:
+        nodes = self.prototype_trace.nodes
+        return torch.cat(
+            [
+                site.pack(unconstraining(name, nodes[name]["fn"].support).inv(nodes[name]["value"].detach()))
+                for name, site in self.sites.items()
+            ]
         )
-        return start
-
-    def _log_density(self, z: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """log p(z, data) of one point in unconstrained coordinates, with the same random numbers at each call."""
-        values, ladj = constrain(self, z)
-        torch.manual_seed(0)  # of subsamples
-        with poutine.block():
-            return run_at(self.plain_model, values, args, kwargs).log_prob_sum() + ladj
 
     @torch.no_grad()
-    def _check_start(self, start: Tensor, args: tuple, kwargs: dict) -> None:
-        values, _ = constrain(self, start)
-        with poutine.block(), pyro.validation_enabled(False), torch.random.fork_rng():
-            trace = run_at(self.plain_model, values, args, kwargs)
-        trace.compute_log_prob()
-        bad = {
-            name: site["log_prob_sum"].item()
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and not math.isfinite(site["log_prob_sum"])
-        }
-        if bad:
-            raise ValueError(
-                f"the log-density at the start is not finite at the sites {bad}: pass init_loc_fn=, e.g. "
-                "pyro.infer.autoguide.init_to_value(values={...}) with values at which it is, or check the data"
-            )
+    def _find_dynamic_supports(self, density: LogDensity, start: Tensor) -> bool:
+        """Whether a support depends on latents: the supports of the prototype then give other values elsewhere."""
+        point = start + 0.5
+        values, _ = self._constrain_by_prototype(point)
+        own = density.run(point)[1].values
+        return any(not torch.allclose(values[name], own[name], equal_nan=True) for name in own)
 
     # -- what AutoContinuous asks for --------------------------------------------------------------------------------
 
@@ -188,37 +233,81 @@ class AutoRealNVP(GuideBase, AutoContinuous):
         return dist.Normal(torch.zeros_like(like), torch.ones_like(like), validate_args=False).to_event(1)
 
     def get_transform(self, *args, **kwargs) -> Bijection:
-        """From the base to unconstrained coordinates."""
-        return self.own("transform")
+        """The bijection from the base to unconstrained coordinates."""
+        transform = self.own("transform")
+        return Compose([transform, FromRelative(self._density())]) if self._relative_names else transform
 
     def get_posterior(self, *args, **kwargs) -> FlowDistribution:
         """The guide's distribution of all latents, in unconstrained coordinates."""
-        return FlowDistribution(self.get_base_dist(), [self.own("transform")])
+        return FlowDistribution(self.get_base_dist(), [self.get_transform()])
+
+    def forward(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Draws all latent sites.
+
+        Args:
+            args, kwargs: the model's arguments.
+
+        Returns:
+            The value of each site.
+        """
+        self.build(*args, **kwargs)
+        self._arguments = args, kwargs
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        values, ladjs = self._constrain(latent)
+        draws = {}
+        for name, value in values.items():
+            event_dim = self.prototype_trace.nodes[name]["fn"].event_dim
+            value, ladj = (_beside_plates(t, latent.shape[:-1], n) for t, n in ((value, event_dim), (ladjs[name], 0)))
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[name]:
+                    stack.enter_context(plates[frame.name])
+                draws[name] = pyro.sample(name, dist.Delta(value, log_density=-ladj, event_dim=event_dim))
+        return draws
+
+    def _constrain(self, points: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The values of each site, and log|det| of each element of its batch, at points ``(..., D)``."""
+        if not self._has_dynamic_supports:
+            return self._constrain_by_prototype(points)
+        density = self._density()
+        density.relative = {}
+        results = density.constrain(points.reshape(-1, self.latent_dim))
+        return map_each(results, lambda value: value.reshape(points.shape[:-1] + value.shape[1:]))
+
+    def _constrain_by_prototype(self, points: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        values, ladjs = {}, {}
+        for name, part in unpack(points, self.sites).items():
+            fn = self.prototype_trace.nodes[name]["fn"]
+            site = self.sites[name]
+            values[name], ladjs[name] = site.constrain(name, fn, site.unpack(part))
+        return values, ladjs
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict, Tensor]]:
+        """The prototype of each site and its unconstrained values, which NeuTraReparam reads."""
+        for name, part in unpack(latent, self.sites).items():
+            site = self.prototype_trace.nodes[name]
+            value = self.sites[name].unpack(part)
+            event_dim = site["fn"].event_dim + len(self.sites[name].shape) - site["value"].dim()
+            yield site, _beside_plates(value, latent.shape[:-1], event_dim)
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """Draws of each site from the guide, ``(num_samples,) + site shape``."""
-        return by_site(self, self.get_posterior().sample((num_samples,)))
+        points = FlowDistribution(self.get_base_dist(), [self.own("transform")]).sample((num_samples,))
+        if self._has_dynamic_supports or self._relative_names:
+            return self._density().constrain(points)[0]
+        return self._constrain_by_prototype(points)[0]
 
     def median(self, *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
-        """The posterior median of each latent, from samples."""
+        """The median of each latent, estimated from draws."""
         return {name: values[0] for name, values in self.quantiles([0.5], num_samples=num_samples).items()}
 
     def quantiles(self, quantiles: Sequence[float], *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
-        """Posterior quantiles of each latent, from samples: ``(len(quantiles),) + site shape``."""
-        levels = torch.as_tensor(quantiles, dtype=torch.float64)
-        return {name: values.quantile(levels.to(values), dim=0) for name, values in self.sample(num_samples).items()}
+        """Quantiles of each latent, ``(len(quantiles),) + site shape``, estimated from draws."""
+        return quantiles_of(self.sample(num_samples), quantiles)
 
 
-def _with_fallback(init_loc_fn: Callable) -> Callable:
-    """Zero, in unconstrained coordinates, where there is nothing to draw from."""
-
-    def init(site):
-        try:
-            return init_loc_fn(site)
-        except NotImplementedError:
-            fn = site["fn"]
-            transform = biject_to(fn.support)
-            return transform(torch.zeros(transform.inverse_shape(fn.shape())))
-
-    return init
+def _beside_plates(values: Tensor, batch_shape: torch.Size, event_dim: int) -> Tensor:
+    """Values ``batch_shape + site shape`` as Pyro has them, where axes of the batch may be the axes of the plates."""
+    shape = values.shape[len(batch_shape) :]
+    return values.reshape(torch.broadcast_shapes(shape, batch_shape + (1,) * event_dim))

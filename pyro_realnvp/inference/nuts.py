@@ -6,30 +6,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.guides import AutoContinuous
-from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-from .traces import by_site, check_argument_names, frozen, model_of
+from .base import GuideBase
+from .density import LogDensity
+from .particles import frozen
+from .traces import check_argument_names, model_of, run, values_of
+
+_MOST_PASSES = 100_000  # enough for all rows, so that the draws are exact
 
 
 @dataclass
 class PosteriorSamples:
-    """What :func:`neutra` has drawn, with its diagnostics; ``print`` it."""
+    """The draws of :func:`neutra` with their diagnostics, to be printed."""
 
     samples: dict[str, Tensor]
-    """Of each latent site of the model, ``(num_chains * num_samples,) + site shape``."""
+    """The draws of each latent site of the model, ``(num_chains * num_samples,) + site shape``."""
     divergences: int
-    """Steps of NUTS that left the true trajectory; there should be none."""
+    """The number of trajectories whose integration failed. There should be none."""
     r_hat: dict[str, Tensor]
-    """Split R-hat of each entry; 1 where the chains agree. It needs no second chain."""
+    """Split R-hat of each entry, which is 1 if the halves of all chains agree. One chain is enough for it."""
     effective_sample_size: dict[str, Tensor]
-    """Of each entry."""
+    """The number of independent draws of each entry that the draws are worth."""
     seconds: float
-    """Wall-clock time, with the warmup."""
+    """The wall-clock time, including the warmup."""
 
     @property
     def min_ess_per_second(self) -> float:
@@ -64,27 +67,29 @@ def neutra(
     r"""Draws from the posterior by NUTS in the coordinates :math:`\epsilon` of a guide :math:`z = T(\epsilon)`, where
     it is nearly a standard normal (NeuTra; Hoffman et al. 2019).
 
-    The draws are exact however good the guide is; a better one makes them cheaper. The chains run one after the other,
-    each from a draw of the guide.
+    The draws are exact however good the guide is; a better guide makes them cheaper. The chains run one after the
+    other, each from a draw of the guide. If plates draw subsamples of their rows, each evaluation sees all rows.
 
     Args:
         guide: a trained :class:`AutoRealNVP`, or another of Pyro's with a transform.
         args, kwargs: the model's arguments, passed on to model and guide.
-        model: the model; known for guides made from one.
-        num_samples: draws of each chain.
-        warmup_steps: steps of each chain before them.
-        num_chains: how many chains.
-        target_accept_prob: of NUTS; nearer to one for smaller steps.
-        max_tree_depth: of NUTS.
+        model: the model; only needed for a guide that was not made from one.
+        num_samples: the number of draws of each chain.
+        warmup_steps: the number of steps of each chain before its draws.
+        num_chains: the number of chains.
+        target_accept_prob: the acceptance probability to which NUTS adapts its step size; nearer to one gives smaller
+            steps.
+        max_tree_depth: the largest depth of the trees of NUTS.
         progress: whether to show Pyro's progress bar.
 
     Returns:
-        Draws in the model's own sites, with divergences, R-hat and effective sample sizes.
+        The draws of the model's own sites, with divergences, R-hat and effective sample sizes.
 
     Raises:
-        RuntimeError: a guide that is not trained.
-        ValueError: an argument of the model that has the name of an option of this function.
-        TypeError: a guide without a transform.
+        RuntimeError: the guide is not trained.
+        ValueError: the log-density of a draw depends on random numbers that are no sites; an argument of the model has
+            the name of an option of this function.
+        TypeError: the guide has no transform.
 
     Example:
         >>> import pyro
@@ -107,29 +112,45 @@ def neutra(
     model = model_of(guide) if model is None else model
     check_argument_names(model, neutra, args)
     started = time.perf_counter()
+    values = values_of(run(model, guide, args, kwargs))
+    density = LogDensity(model, args, kwargs, values=values)
+    base = guide.get_base_dist()
+    if isinstance(guide, GuideBase) and guide.draws_all_at_once:
+        guide.set_coordinates(density)
+        transform = guide.own("transform")
+    else:
+        transform = guide.get_transform(*args, **kwargs)
+    if density.dim != base.event_shape[0]:
+        raise ValueError(
+            f"the guide draws {base.event_shape[0]} numbers, and the model has {density.dim} latents (entries that "
+            "poutine.mask takes out of the density are none): use AutoRealNVP"
+        )
+    with torch.no_grad():
+        density.check(transform(base.sample((2,))))
+    passes = density.passes(most=_MOST_PASSES)
+
+    def potential(point: dict[str, Tensor]) -> Tensor:
+        noise = point["base"]
+        latent = transform(noise)
+        log_p = torch.stack([density.one(latent, rows) for rows in passes]).mean()
+        return -(log_p + transform.log_abs_det_jacobian(noise, latent)).to(noise)
+
     chains, divergences = [], 0
-    with frozen(guide.parameters()):  # NUTS wants gradients of the latents only
-        base = guide.get_base_dist()
-        latent = f"{next(iter(guide.prototype_trace.iter_stochastic_nodes()))[0]}_shared_latent"
+    with frozen(guide.parameters()):  # NUTS needs gradients with respect to the latents only
         for _ in range(num_chains):
-            reparam = NeuTraReparam(guide)
-            kernel = NUTS(
-                poutine.reparam(model, config=lambda _, reparam=reparam: reparam),
-                target_accept_prob=target_accept_prob,
-                max_tree_depth=max_tree_depth,
-            )
+            kernel = NUTS(potential_fn=potential, target_accept_prob=target_accept_prob, max_tree_depth=max_tree_depth)
             mcmc = MCMC(
                 kernel,
                 num_samples,
                 warmup_steps,
-                initial_params={latent: base.sample()},
+                initial_params={"base": base.sample()},
                 disable_progbar=not progress,
             )
-            mcmc.run(*args, **kwargs)
-            with torch.no_grad():
-                chains.append(guide.get_transform()(mcmc.get_samples()[latent]))
+            mcmc.run()
+            chains.append(mcmc.get_samples()["base"])
             divergences += sum(len(steps) for steps in mcmc.diagnostics()["divergences"].values())
-    samples = by_site(guide, torch.cat(chains))
+    with torch.no_grad():
+        samples = density.constrain(transform(torch.cat(chains)))[0]
     by_chain = {name: values.reshape(num_chains, num_samples, *values.shape[1:]) for name, values in samples.items()}
     return PosteriorSamples(
         samples=samples,

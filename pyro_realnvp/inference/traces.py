@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model and its guide, run side by side: their sites, their parameters, many draws at once."""
+"""A model and its guide, run side by side: their sites and their parameters."""
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.guides import AutoContinuous
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import biject_to
+
+from .sites import batch_mask, is_latent
 
 
 def model_of(guide: Callable) -> Callable:
@@ -27,9 +24,15 @@ def model_of(guide: Callable) -> Callable:
     if guide._model is None:
         raise RuntimeError("the guide was unpickled without its model: pass model=")
     model = guide.model
-    while getattr(model, "args", None):  # Pyro wraps it in handlers that initialise its sites
+    while _is_wrapped_by_pyro(model):
         model = model.args[-1]
     return model
+
+
+def _is_wrapped_by_pyro(model: Callable) -> bool:
+    """Whether Pyro's guide has wrapped the model in the handler that initializes its sites."""
+    args = getattr(model, "args", ())
+    return len(args) > 1 and isinstance(args[0], InitMessenger)
 
 
 def check_argument_names(model: Callable, function: Callable, args: tuple) -> None:
@@ -54,117 +57,50 @@ def check_argument_names(model: Callable, function: Callable, args: tuple) -> No
         )
 
 
-def run(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
-    """A trace of the guide, and of the model at its values.
+def run(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Trace:
+    """Runs the guide, and the model at its values. Returns the trace of the guide.
 
     Raises:
         ValueError: a latent site that only one of them has.
     """
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
-    missing = latents(model_trace) - set(guide_trace.stochastic_nodes)
+    with torch.random.fork_rng():
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+    model_trace.compute_log_prob()  # Where Pyro validates, data outside of a support are Pyro's own error.
+    drawn = {name for name in guide_trace.stochastic_nodes if not site_is_subsample(guide_trace.nodes[name])}
+    missing = {name for name, site in model_trace.nodes.items() if is_latent(site) and _counts(site)} - drawn
     if missing:
         raise ValueError(
             f"the model has the latent sites {sorted(missing)}, which the guide does not have: a guide is made for a "
             "model whose sites do not change from call to call; make it (again) with this model and these arguments"
         )
-    extra = {
-        name
-        for name in guide_trace.stochastic_nodes
-        if not guide_trace.nodes[name]["infer"].get("is_auxiliary") and not site_is_subsample(guide_trace.nodes[name])
-    } - set(model_trace.nodes)
+    extra = {name for name in drawn if not guide_trace.nodes[name]["infer"].get("is_auxiliary")} - set(
+        model_trace.nodes
+    )
     if extra:
         raise ValueError(
             f"the guide has the latent sites {sorted(extra)}, which the model does not have: make the guide (again) "
             "with this model and these arguments"
         )
-    return model_trace, guide_trace
+    return guide_trace
 
 
-def latents(trace: Trace) -> set[str]:
-    """The names of a model's latent sites."""
-    return {name for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
+def _counts(site: dict) -> bool:
+    """Whether the density counts an entry of the site."""
+    mask = batch_mask(site)
+    return mask is None or bool(mask.any())
 
 
-def run_at(model: Callable, values: dict[str, Tensor], args: tuple, kwargs: dict) -> Trace:
-    """A trace of the model at a value for each latent site."""
-    return poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
-
-
-def check_conditioned(trace: Trace, values: dict[str, Tensor]) -> None:
-    """Raises an error where a model that got a value for each latent site has others, or lacks one."""
-    more, fewer = latents(trace), set(values) - set(trace.nodes)
-    if more or fewer:
-        raise ValueError(
-            f"the model's latent sites have changed since the guide was made: {sorted(more)} are new, {sorted(fewer)} "
-            "are gone; a guide is made for a model whose sites do not change from call to call"
-        )
-
-
-def plate_nesting(*traces: Trace) -> int:
-    """How many axes on the left of events are plates."""
-    dims = [
-        frame.dim
-        for trace in traces
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
-    ]
-    return -min(dims, default=0)
-
-
-def constrain(guide: AutoContinuous, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Points in unconstrained coordinates, ``(..., D)``, as a value for each site, and the sum of log|det|."""
-    values, total = {}, z.new_zeros(())
-    for site, unconstrained in guide._unpack_latent(z):
-        transform = biject_to(site["fn"].support)
-        value = values[site["name"]] = transform(unconstrained)
-        total = total + transform.log_abs_det_jacobian(unconstrained, value).sum()
-    return values, total
-
-
-@torch.no_grad()
-def by_site(guide: AutoContinuous, latents: Tensor) -> dict[str, Tensor]:
-    """Points in unconstrained coordinates, ``(N, D)``, as N values for each site."""
-    draws = [constrain(guide, z)[0] for z in latents]
-    return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-
-
-@contextmanager
-def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """For a while, the parameters require no gradient."""
-    required = [(p, p.requires_grad) for p in parameters]
-    try:
-        for p, _ in required:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, was in required:
-            p.requires_grad_(was)
-
-
-def learned_parameters(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[list[Tensor], int]:
-    """What requires a gradient in the model and the guide, as Pyro finds it, and how many axes are plates."""
+def learned_parameters(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[list[Tensor], Trace]:
+    """The tensors of the model and the guide that require a gradient, as Pyro finds them, and a trace of the guide."""
     with poutine.trace(param_only=True) as capture:
-        traces = run(model, guide, args, kwargs)
-    found = dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values())
-    return [p for p in found if p.requires_grad], plate_nesting(*traces)
+        guide_trace = run(model, guide, args, kwargs)
+    # With module_local_params, the value of a site is the parameter itself.
+    values = (site["value"] for site in capture.trace.nodes.values())
+    found = dict.fromkeys(value.unconstrained() if hasattr(value, "unconstrained") else value for value in values)
+    return [p for p in found if p.requires_grad], guide_trace
 
 
-def can_vectorize(model: Callable, guide: Callable, nesting: int, args: tuple, kwargs: dict) -> bool:
-    """Whether both run with a plate of particles around them; warns where they do not."""
-    elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=nesting)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(True):
-            elbo.loss(model, guide, *args, **kwargs)
-    except Exception as error:  # whatever a model may raise when it gets a batch
-        lines = str(error).strip().splitlines()
-        warnings.warn(
-            f"the model cannot be vectorised over particles ({type(error).__name__}: {lines[0] if lines else ''}), so "
-            "they are drawn one after the other: index and sum over the last axes (x[..., 0], x.sum(-1))",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return False
-    return True
+def values_of(guide_trace: Trace) -> dict[str, Tensor]:
+    """The values that a guide has drawn."""
+    return {name: guide_trace.nodes[name]["value"].detach() for name in guide_trace.stochastic_nodes}

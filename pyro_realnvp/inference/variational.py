@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of guides: of ours and of Pyro's."""
+"""Training of guides, those of this package and those of Pyro."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import TypeVar
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
-from torch import nn
+from pyro.infer import ELBO
+from torch import Tensor, nn
 
 from ..training.history import Callback, History
 from ..training.loop import Training
 from ..training.options import LoopOptions
 from .base import GuideBase
-from .elbos import DirectELBO, PathDerivativeELBO
-from .traces import can_vectorize, check_argument_names, learned_parameters, model_of
+from .density import DEFAULT_MEMORY, LogDensity
+from .particles import particles_of
+from .traces import check_argument_names, learned_parameters, model_of, values_of
 
-_TOLERANCE = 0.01  # nats: what validation cannot tell from its noise
+_TOLERANCE = 0.01  # nats, which validation cannot tell from its noise
+_FEWEST_PER_PASS = 64  # draws that each pass over the rows of subsampled plates takes in a validation
+_MOST_REPEATS = 64  # evaluations of another ELBO in a validation
 
 
 def fit_guide(
@@ -24,63 +30,70 @@ def fit_guide(
     *args,
     model: Callable | None = None,
     num_steps: int = 2000,
-    num_particles: int = 64,
+    num_particles: int | None = None,
     lr: float = 1e-2,
     warmup: float = 0.1,
     max_grad_norm: float = 10.0,
     averaging: float = 0.1,
     path_derivative: bool | None = None,
-    loss: Trace_ELBO | None = None,
-    validation_particles: int = 1024,
+    loss: ELBO | None = None,
+    validation_particles: int | None = None,
     validate_every: int = 100,
     patience: int | None = None,
     seed: int | None = None,
+    memory: int = DEFAULT_MEMORY,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     **kwargs,
 ) -> History:
-    r"""Fits a guide, and what the model itself learns: maximises the ELBO
+    r"""Fits a guide, and the parameters of the model itself: maximizes the ELBO
     :math:`E_{q(z)}[\log p(x, z) - \log q(z)]`.
 
-    Adam (fused) on all parameters at once; the learning rate warms up and then falls to zero along a cosine. The
-    weights that are validated, and that stay, are an exponential moving average of Adam's: those with the best ELBO
-    over many particles. Particles are drawn in one pass where the model can be vectorised, else one after the other.
-    Steps that are not finite are skipped, counted and reported; Ctrl-C stops with the best so far. Calling it again
-    goes on.
+    The model may be written in any way that is right for one draw of its latents: its log-density is a function of one
+    draw, mapped over many by :func:`torch.func.vmap`. Before the first step, two draws are evaluated alone and mapped,
+    with two seeds, and a difference is an error. Adam (fused) updates all parameters at once; the learning rate rises
+    and then falls to zero along a cosine. The weights that are validated are an exponential moving average of Adam's,
+    and those with the best ELBO over many draws stay. Steps that are not finite are skipped, counted and reported, and
+    Ctrl-C stops with the best weights so far. A second call continues from the weights of the first.
 
     Args:
         guide: any guide of Pyro, such as an :class:`AutoRealNVP`.
         args, kwargs: the model's arguments, passed on to model and guide.
-        model: the model; known for guides made from one.
-        num_steps: optimizer steps; the schedule spans all of them.
-        num_particles: draws of the guide in a step.
+        model: the model; only needed for a guide that was not made from one.
+        num_steps: the number of optimizer steps, which the schedule spans.
+        num_particles: the number of draws of the guide in a step; by default 64, or 4 if the model cannot be mapped
+            and its draws are evaluated one after the other.
         lr: the highest learning rate.
-        warmup: the fraction of the steps in which it rises.
-        max_grad_norm: gradients are scaled down to this norm.
+        warmup: the fraction of the steps in which the learning rate rises.
+        max_grad_norm: the norm to which longer gradients are scaled down.
         averaging: the time constant of the moving average of the weights, as a fraction of the steps; 0 for none.
-        path_derivative: leave out the part of the gradient whose mean is zero ("sticking the landing", Roeder et al.
-            2017): no noise is left where the guide is exact, for a second evaluation of the guide's density; far away
-            there may be more. By default for an :class:`AutoRealNVP` with a warm start. Guides with sites that are not
-            reparametrised keep the whole gradient.
-        loss: another ELBO of Pyro's, in place of ``Trace_ELBO``; it brings its own particles.
-        validation_particles: draws for the ELBO that chooses the best weights, the same at each time; 0 to choose by
-            the mean ELBO of the steps.
-        validate_every: steps between validations.
-        patience: stop after so many steps without a better ELBO; ``None`` for never.
-        seed: of the draws; by default torch's generator goes on.
-        callbacks: functions that are called after each step with the :class:`History` so far; one that returns True
-            stops the training.
-        progress: whether to show a progress bar with the mean of the last 50 negative ELBOs and the best.
+        path_derivative: whether to leave out the part of the gradient whose mean is zero ("sticking the landing",
+            Roeder et al. 2017). No noise is then left where the guide is exact, far away there may be more, and a step
+            evaluates the guide's density a second time. By default only for an :class:`AutoRealNVP` with a warm start.
+            Guides with sites that are not reparametrized keep the whole gradient.
+        loss: another ELBO of Pyro's in place of ``Trace_ELBO``. It brings its own number of particles, and the best
+            weights are those with the best value of it.
+        validation_particles: the number of draws for the ELBO that chooses the best weights, with the same random
+            numbers at each validation; by default 1024, or 64 if the model cannot be mapped. 0 chooses by the mean ELBO
+            of the recent steps.
+        validate_every: the number of steps between validations.
+        patience: the number of steps without a better ELBO after which the training stops; ``None`` for never.
+        seed: the seed of the draws; by default torch's generator goes on.
+        memory: the bytes that an evaluation of many draws may take. More draws are evaluated in pieces.
+        callbacks: functions of the :class:`History` so far, called after each step; one that returns True stops the
+            training.
+        progress: whether to show a progress bar with the mean of the last 50 negative ELBOs and the best one.
 
     Returns:
-        The :class:`History`; ``plots.plot_loss`` draws it.
+        The :class:`History`, which ``plots.plot_loss`` draws.
 
     Raises:
-        ValueError: latent sites of the model that the guide does not have, or the other way round; an argument of the
-            model that has the name of an option of this function.
+        ValueError: the model and the guide have different latent sites; the log-density of a draw depends on other
+            draws or on random numbers that are no sites; an argument of the model has the name of an option of this
+            function.
 
     Warns:
-        RuntimeWarning: steps were skipped; the model cannot be vectorised.
+        RuntimeWarning: steps were skipped; the model or the guide cannot be mapped over draws.
 
     Example:
         >>> import pyro
@@ -107,29 +120,35 @@ def fit_guide(
     )
     if seed is not None:
         pyro.set_rng_seed(seed)
-    parameters, nesting = learned_parameters(model, guide, args, kwargs)
+    parameters, guide_trace = learned_parameters(model, guide, args, kwargs)
     if not parameters:
         raise ValueError("neither the guide nor the model has a parameter that requires a gradient: nothing to fit")
-    vectorize = (num_particles > 1 or validation_particles > 1) and can_vectorize(model, guide, nesting, args, kwargs)
-    if path_derivative is None:
-        path_derivative = isinstance(guide, GuideBase) and guide.is_warm
+    if loss is None:
+        density = LogDensity(model, args, kwargs, values=values_of(guide_trace), memory=memory)
+        particles = particles_of(guide, density, parameters)
+        if num_particles is None:
+            num_particles = 64 if particles.is_mapped else 4
+        if validation_particles is None:
+            validation_particles = 1024 if particles.is_mapped else 64
+        if path_derivative is None:
+            path_derivative = isinstance(guide, GuideBase) and guide.is_warm
+        passes = _seeded(density.passes)
+        per_pass = max(1, validation_particles // len(passes), min(validation_particles, _FEWEST_PER_PASS))
 
-    def elbo(particles: int, *, path_derivative: bool) -> Trace_ELBO:
-        options = {"vectorize_particles": vectorize, "max_plate_nesting": nesting}
-        if isinstance(guide, GuideBase) and guide.draws_all_at_once and (vectorize or particles == 1):
-            return DirectELBO(parameters, path_derivative, num_particles=particles, **options)
-        if path_derivative:
-            return PathDerivativeELBO(parameters, num_particles=particles, **options)
-        return Trace_ELBO(particles, **options)
+        def step_loss() -> Tensor:
+            return particles.loss(num_particles, path_derivative)
 
-    loss = elbo(num_particles, path_derivative=path_derivative) if loss is None else loss
-    validation = elbo(max(validation_particles, 1), path_derivative=False)
+        def validate() -> float:
+            return -float(_seeded(lambda: particles.log_weights(per_pass, passes)[1].mean()))
 
-    @torch.no_grad()
-    def validate() -> float:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return float(validation.differentiable_loss(model, guide, *args, **kwargs))
+    else:
+        repeats = _repeats(loss, validation_particles)
+
+        def step_loss() -> Tensor:
+            return _surrogate(loss, parameters, model, guide, args, kwargs)
+
+        def validate() -> float:
+            return _seeded(lambda: fmean(loss.loss(model, guide, *args, **kwargs) for _ in range(repeats)))
 
     # A step that is not finite is skipped, and no error.
     with pyro.validation_enabled(False), warnings.catch_warnings():
@@ -140,13 +159,39 @@ def fit_guide(
             options,
         )
         history = training.run(
-            lambda: loss.differentiable_loss(model, guide, *args, **kwargs),
-            validate if validation_particles else None,
+            step_loss,
+            validate if validation_particles != 0 else None,
             progress=progress,
-            validate_start=validation_particles > 0,
+            validate_start=validation_particles != 0,
             callbacks=callbacks,
             remedy="lower lr, or look at the model's supports and priors",
         )
     if isinstance(guide, GuideBase):
         guide.mark_trained()
     return history
+
+
+_T = TypeVar("_T")
+
+
+@torch.no_grad()
+def _seeded(evaluate: Callable[[], _T]) -> _T:
+    """The result with the same random numbers at each call, so that validations can be compared."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return evaluate()
+
+
+def _repeats(loss: ELBO, validation_particles: int | None) -> int:
+    """How often an ELBO of Pyro's, which has a number of particles of its own, is evaluated for a validation."""
+    wanted = 1024 if validation_particles is None else validation_particles
+    return max(1, min(_MOST_REPEATS, math.ceil(wanted / loss.num_particles)))
+
+
+def _surrogate(loss: ELBO, parameters: list[Tensor], model: Callable, guide: Callable, args, kwargs) -> Tensor:
+    """A tensor with the value and the gradient of any ELBO of Pyro's, which takes its gradient itself."""
+    for p in parameters:
+        p.grad = None
+    value = torch.tensor(loss.loss_and_grads(model, guide, *args, **kwargs))
+    linear = [(p.grad.clone() * (p - p.detach())).sum() for p in parameters if p.grad is not None]
+    return value + torch.stack(linear).sum()

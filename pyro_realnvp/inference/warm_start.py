@@ -2,49 +2,152 @@
 """Where a guide starts: the best normal approximation on the way to a mode."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
+from copy import copy
 
 import torch
 from torch import Tensor
 
+from .coordinates import FromRelative
+from .curvature import Surface, least_curvature, newton, scales_of
+from .density import LogDensity
+from .normals import FullNormal, Normal, isotropic
+from .relative import Relative, prior_curvature
+from .sites import unpack
+
 _MAX_HALVINGS = 40
-_PATIENCE = 8  # steps without a better normal: the way leads into a trap
-_ENOUGH = 1e-4  # nats that the next step promises
+_PATIENCE = 8  # steps without a better normal after which the path is given up, since it leads into a trap
+_ENOUGH = 1e-4  # nats, the least gain that a step must promise
 
 
-class Normal(NamedTuple):
-    """A multivariate normal: mean, and lower triangular factor of the covariance."""
+def warm_start(density: LogDensity, loc: Tensor, init_scale: float) -> Normal | None:
+    """:func:`find_start`, in double precision if the model can be evaluated in it. Returns None if it fails."""
+    for dtype in dict.fromkeys((torch.float64, loc.dtype)):
+        start, density.relative = loc.to(dtype), {}
+        try:
+            with torch.random.fork_rng():
+                density.check(start + 1e-3 * torch.randn(2, len(loc)).to(start))
+                return find_start(density, start, init_scale)
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # mixed types, or no second derivative
+            problem = error
+    density.relative = {}
+    warnings.warn(
+        f"no warm start, since the model's log-density could not be differentiated twice ({problem}): "
+        f"the guide starts at init_loc_fn with init_scale={init_scale}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
 
-    loc: Tensor
-    scale_tril: Tensor
+
+def find_start(density: LogDensity, loc: Tensor, init_scale: float) -> Normal:
+    """Finds the normal at which a guide starts, and sets ``density.relative``, the coordinates in which it is normal.
+
+    Args:
+        density: the log-density of the model.
+        loc: the point at which the search begins, in plain unconstrained coordinates.
+        init_scale: the deviation of the first candidate.
+    """
+    names = density.relative_sites(torch.stack([loc, loc + 0.5]))
+    nothing = {name: torch.zeros(density.sites[name].shape).to(loc) for name in names}
+    density.relative = {name: Relative(zero, zero) for name, zero in nothing.items()}
+    start = FromRelative(density).inv(loc) if names else loc
+    best, elbo = best_normal(Surface(density), isotropic(start, init_scale))
+    if not names:
+        _warn_of_flat_directions(density, best)
+        return best
+    # The search in non-centered coordinates, which have no funnel, has found where the latents are. The curvature of
+    # the likelihood at that point gives coordinates that suit groups with many data and groups with few.
+    non_centered, found = density.relative, FromRelative(density)(best.loc)
+    density.relative = pseudo_observations(density, found)
+    other, others_elbo = best_normal(Surface(density), isotropic(FromRelative(density).inv(found), init_scale))
+    if others_elbo > elbo:
+        best = other
+    else:
+        density.relative = non_centered
+    _warn_of_flat_directions(density, best)
+    return best
+
+
+def _warn_of_flat_directions(density: LogDensity, normal: Normal) -> None:
+    """Names the latents along which the log-density does not change."""
+    surface, entries = Surface(density), torch.arange(density.dim)
+    if isinstance(normal, FullNormal):
+        _, hessian = surface.derivatives(normal.loc, torch.eye(density.dim).to(normal.loc))
+        scale = scales_of(hessian.diagonal())
+        values, vectors = torch.linalg.eigh(scale[:, None] * (hessian + hessian.mT) / 2 * scale)
+        flat = vectors[:, values.abs() < least_curvature(values)].abs()
+        is_flat = (flat > 0.3 * flat.amax(0, keepdim=True)).any(1) if flat.numel() else entries < 0
+    else:
+        is_flat = surface.diagonal(normal.loc, entries)[1] == 0
+    if is_flat.any():
+        names = [name for name, own in unpack(entries, density.sites).items() if is_flat[own].any()]
+        warnings.warn(
+            f"the log-density does not change along a direction of the latents {names}, so the posterior may be "
+            "improper there, and the guide starts with a deviation of its own choice: give them proper priors, or drop "
+            "what has no influence",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def pseudo_observations(density: LogDensity, point: Tensor) -> dict[str, Relative]:
+    """Relative coordinates in which a normal stands for the likelihood of each latent.
+
+    The likelihood is everything but the latent's own prior. The normal has its slope and its curvature at one point.
+
+    Args:
+        density: the log-density, whose relative sites are known.
+        point: the point, in plain unconstrained coordinates.
+    """
+    plain = copy(density)
+    plain.relative = {}
+    offsets = unpack(torch.arange(density.dim), density.sites)
+    trace, place = plain.run(point)
+    surface, found = Surface(plain), {}
+    for name in density.relative:
+        site, entries = density.sites[name], offsets[name]
+        gradient, curvature = surface.diagonal(point, entries)
+        with torch.enable_grad():
+            t = place.unconstrained[name].detach().requires_grad_()
+            fn = trace.nodes[name]["fn"]
+            value, ladj = site.constrain(name, fn, t)
+            prior = fn.log_prob(value).sum() + ladj.sum()
+            (slope,) = torch.autograd.grad(prior, t, create_graph=True)
+            bend = prior_curvature(fn, t, slope).detach()
+        precision = site.unpack(curvature + site.pack(bend)).clamp(min=0.0)
+        slope = site.unpack(-gradient - site.pack(slope.detach()))
+        found[name] = Relative(precision, slope + precision * t.detach())
+    return found
 
 
 def best_normal(
-    log_density: Callable[[Tensor], Tensor], start: Normal, *, max_steps: int = 50, num_samples: int = 25
-) -> Normal:
-    r"""The normal :math:`N(x - H^{-1} \nabla U,\, H^{-1})` with the highest ELBO among the points x on the way of
-    Newton's method downhill :math:`U = -\log p`, and the one given.
+    surface: Surface, start: Normal, *, max_steps: int = 50, num_samples: int = 200
+) -> tuple[Normal, float]:
+    r"""The normal :math:`N(x - H^{-1} \nabla U,\, H^{-1})` with the highest ELBO, over the points x on the path of
+    Newton's method that minimizes :math:`U = -\log p`.
 
-    (Pathfinder, Zhang et al. 2022, with exact Hessians.) Newton's steps do not depend on the scales and correlations of
-    the coordinates; where the Hessian is not positive, the absolute values of its eigenvalues are taken
-    (Dauphin et al. 2014). Steps are halved until U falls, so that they stay inside the support. A mode that is a trap,
-    such as the neck of a funnel, where the density grows without end in an ever smaller place, loses to an earlier
-    point.
+    This is Pathfinder (Zhang et al. 2022) with exact Hessians. Newton's steps do not depend on the scales and
+    correlations of the coordinates. They are halved until U falls, so that they stay inside the support. A mode that is
+    a trap, such as the neck of a funnel, where the density grows without bound in an ever smaller region, loses to an
+    earlier point of the path.
 
     Args:
-        log_density: of one point, ``(D,)``, up to a constant; finite at the start.
-        start: its loc is where the way starts.
+        surface: the log-density, finite at the start.
+        start: the first candidate, from whose loc the path starts.
+        max_steps: the largest number of steps.
+        num_samples: half of the number of draws for the ELBO of a candidate.
+
+    Returns:
+        The normal and its ELBO, in nats.
     """
-    noise = torch.randn(num_samples, *start.loc.shape, dtype=start.loc.dtype, device=start.loc.device)
-    # Sums of +e and -e have the right mean, which takes much of the noise out of the comparison.
+    noise = torch.randn(num_samples, len(start.loc), dtype=start.loc.dtype, device=start.loc.device)
+    # The noise is used with both signs. Its mean is then exact, which removes much of the noise of the comparison.
     noise = torch.cat([noise, -noise])
 
     @torch.no_grad()
     def elbo(normal: Normal) -> float:
-        total = normal.scale_tril.diagonal().log().sum().item()
-        for e in noise:
-            total += log_density(normal.loc + normal.scale_tril @ e).item() / len(noise)
+        total = (surface(normal.draw(noise)).mean() + normal.log_det()).item()
         return total if math.isfinite(total) else -math.inf
 
     best, best_elbo, best_step = start, elbo(start), 0
@@ -55,55 +158,32 @@ def best_normal(
         if value > best_elbo:
             best, best_elbo, best_step = candidate, value, step
 
-    scale_tril = start.scale_tril
-    x, potential = start.loc, -log_density(start.loc).item()
+    def potential_at(x: Tensor) -> float:
+        with torch.no_grad():
+            return -surface(x.unsqueeze(0)).item()
+
+    x, potential, normal = start.loc, potential_at(start.loc), start
     for k in range(max_steps):
         if k - best_step > _PATIENCE:
             break
-        gradient, hessian = _derivatives(log_density, x)
-        if not (gradient.isfinite().all() and hessian.isfinite().all()):
+        found = newton(surface, x)
+        if found is None:
             break
-        step, scale_tril = _newton(gradient, hessian)
-        consider(Normal(x, scale_tril), k)
-        consider(Normal(x + step, scale_tril), k)
+        gradient, step, normal = found
+        consider(normal, k)
+        consider(normal.at(x + step), k)
         decrement = -(gradient @ step).item()
         if decrement < _ENOUGH:
             break
         for halvings in range(_MAX_HALVINGS):
             size = 0.5**halvings
-            new = -log_density(x + size * step).item()
+            new = potential_at(x + size * step)
             if new <= potential - 1e-4 * size * decrement:
                 break
         else:
             break
         x, potential = x + size * step, new
-    for shrunk in (0.7, 0.5, 0.3, 0.1):  # where the tails are lighter than the curvature at the mode says
-        consider(Normal(x, shrunk * scale_tril), max_steps)
-    return best
-
-
-def _derivatives(log_density: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient and Hessian of -log p."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(-log_density(x), x, create_graph=True)
-        rows = [
-            torch.autograd.grad(g, x, retain_graph=True, materialize_grads=True)[0] if g.requires_grad else 0 * x
-            for g in gradient
-        ]
-    return gradient.detach(), torch.stack(rows).detach()
-
-
-def _newton(gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The step, and the lower triangular factor of the inverse Hessian."""
-    hessian = (hessian + hessian.mT) / 2
-    # On scales on which the diagonal is 1, so that the smallest eigenvalue is not lost in the rounding of the largest.
-    diagonal = hessian.diagonal().abs()
-    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-    values, vectors = torch.linalg.eigh(scale[:, None] * hessian * scale)
-    values = values.abs().clamp(min=1e-12 if values.dtype == torch.float64 else 1e-6)
-    root = scale[:, None] * vectors * values.rsqrt()  # root root^T is the inverse
-    step = -root @ (root.mT @ gradient)
-    # root = R^T Q^T, so root root^T = R^T R: a QR decomposition does not square the condition as Cholesky's would
-    upper = torch.linalg.qr(root.mT).R
-    return step, (upper * upper.diagonal().sign()[:, None]).mT
+    consider(normal.at(x).diagonal(), max_steps)  # in case the curvature at x misleads about the correlations
+    for shrunk in (0.7, 0.5, 0.3, 0.1):  # in case the tails are lighter than the curvature says
+        consider(normal.at(x).shrunk(shrunk), max_steps)
+    return best, best_elbo + len(start.loc) / 2 * (1 + math.log(2 * math.pi))

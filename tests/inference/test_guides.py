@@ -237,6 +237,7 @@ def test_one_evaluation_for_any_number_of_particles():
         assert evaluations == {1}
 
 
+@pytest.mark.filterwarnings("ignore:the guide cannot be mapped")  # Pyro's spline branches on values
 def test_guide_lists():
     guide = AutoGuideList(uncentered)
     guide.append(rn.AutoRealNVP(poutine.block(uncentered, expose=["a"]), warm_start=False))
@@ -264,7 +265,7 @@ def not_finite():
     ("make", "error", "message"),
     {
         "subsampled": (lambda: rn.AutoRealNVP(subsampled).build(None), ValueError, "Use AmortizedRealNVP"),
-        "discrete": (lambda: rn.AutoRealNVP(discrete).build(), ValueError, "discrete sample site 'k'"),
+        "discrete": (lambda: rn.AutoRealNVP(discrete).build(), ValueError, "'k' is discrete.*config_enumerate"),
         "no sites": (lambda: rn.AutoRealNVP(lambda: None).build(), RuntimeError, "no latent variables"),
         "not finite": (
             lambda: rn.AutoRealNVP(not_finite).build(),

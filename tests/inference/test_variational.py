@@ -30,30 +30,27 @@ def test_fit_guide_takes_pyros_guides_and_learns_the_model():
     assert history.validation_steps[0] == 0 and history.best_loss < history.validation_loss[0]
 
 
-def test_a_model_that_cannot_be_vectorized():
+def test_a_model_that_cannot_be_mapped_runs_draw_by_draw():
     def model():
         beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        assert beta[0].item() > -100  # a branch on a value
         pyro.sample("y", dist.Normal(torch.ones(3, 2) @ beta, 1.0).to_event(1), obs=torch.ones(3))
 
     guide = rn.AutoRealNVP(model, num_couplings=2)
-    with pytest.warns(RuntimeWarning, match="cannot be vectorised over particles.*x.sum"):
-        rn.fit_guide(guide, num_steps=3, num_particles=2, validation_particles=4, progress=False)
-    with pytest.warns(RuntimeWarning, match="vectorised"):
+    with pytest.warns(RuntimeWarning, match=r"cannot be mapped over draws.*beta\[0\].item\(\)"):
+        rn.fit_guide(guide, num_steps=3, progress=False)
+    with pytest.warns(RuntimeWarning, match="cannot be mapped"):
         report = rn.diagnose(guide, num_samples=100)
-    precision = torch.eye(2) + 3 * torch.ones(2, 2)
     exact = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 2 * torch.ones(3, 3)).log_prob(torch.ones(3))
-    assert report.log_evidence == pytest.approx(exact.item(), abs=0.01) and precision.det() > 0
+    assert report.log_evidence == pytest.approx(exact.item(), abs=0.01)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_reported():
-    calls = []
-
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        calls.append(z)
-        pyro.factor("f", torch.zeros_like(z) if len(calls) % 3 else -torch.inf * torch.ones_like(z))
+        pyro.factor("f", torch.where(z > 1.0, -torch.inf, 0.0))
 
-    guide = rn.AutoRealNVP(model, warm_start=False)
+    guide = rn.AutoRealNVP(model, warm_start=False, init_scale=1.0)
     with pytest.warns(RuntimeWarning, match="were skipped.*lower lr"):
         history = rn.fit_guide(guide, num_steps=12, validation_particles=0, num_particles=1, progress=False)
     assert 0 < history.skipped_steps < 12
@@ -124,7 +121,7 @@ def two_sites():
 
 def vanishing():
     vanishing.calls += 1
-    pyro.sample("z" if vanishing.calls < 6 else "other", dist.Normal(torch.zeros(()), 1.0))
+    pyro.sample("z" if vanishing.calls < 40 else "other", dist.Normal(torch.zeros(()), 1.0))
 
 
 vanishing.calls = 0
@@ -146,7 +143,7 @@ vanishing.calls = 0
             r"which the model does not have",
         ),
         "sites change": (
-            lambda: rn.fit_guide(rn.AutoRealNVP(vanishing, warm_start=False), num_steps=20, progress=False),
+            lambda: rn.fit_guide(rn.AutoRealNVP(vanishing, warm_start=False), num_steps=60, progress=False),
             ValueError,
             r"\['other'\] are new, \['z'\] are gone",
         ),

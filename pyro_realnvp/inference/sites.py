@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The latent sites of a model, and how a point in unconstrained coordinates becomes their values."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Distribution, Transform, biject_to, constraints
+
+from ..bijections.shapes import sum_events
+from .relative import Relative
+
+
+class Site(NamedTuple):
+    """The part of the vector of all latents that belongs to one latent site."""
+
+    shape: torch.Size
+    """The shape of the whole value in unconstrained coordinates."""
+    mask: Tensor | None = None
+    """The mask of ``poutine.mask`` over the batch: where the density counts the site. None if it counts everywhere."""
+    entries: Tensor | None = None
+    """The numbers of those entries of the flattened value that are latents. None if all of them are."""
+
+    @property
+    def size(self) -> int:
+        return self.shape.numel() if self.entries is None else len(self.entries)
+
+    def pack(self, value: Tensor) -> Tensor:
+        """The vector of the latent entries of an unconstrained value."""
+        flat = value.reshape(-1)
+        return flat if self.entries is None else flat[self.entries.to(flat.device)]
+
+    def unpack(self, vector: Tensor) -> Tensor:
+        """Unconstrained values, ``(..., *shape)``, of vectors, ``(..., size)``. Entries that are no latents are 0."""
+        if self.entries is not None:
+            whole = vector.new_zeros(vector.shape[:-1] + (self.shape.numel(),))
+            vector = whole.index_copy(-1, self.entries.to(vector.device), vector)
+        return vector.reshape(vector.shape[:-1] + self.shape)
+
+    def constrain(self, name: str, fn: Distribution, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
+        """The values in the support of `fn`, and log|det| of each element of the batch."""
+        transform = unconstraining(name, fn.support)
+        value = transform(unconstrained)
+        try:
+            ladj = transform.log_abs_det_jacobian(unconstrained, value)
+        except NotImplementedError:
+            raise ValueError(
+                f"the latent site {name!r} has the support {fn.support}, of which torch does not know the volume: draw "
+                "its free entries, and compute this value from them"
+            ) from None
+        return value, self.counted(sum_events(ladj, ladj.dim() - value.dim() + fn.event_dim))
+
+    def counted(self, ladj: Tensor) -> Tensor:
+        """log|det| of each element of the batch, and 0 for those that the density does not count."""
+        return ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0)
+
+
+def is_enumerated(site: dict) -> bool:
+    """Whether a discrete site is summed over, as `config_enumerate` asks for."""
+    return site["infer"].get("enumerate") == "parallel"
+
+
+def is_latent(site: dict) -> bool:
+    """Whether a site is drawn, and is neither observed, nor summed over, nor the rows of a plate."""
+    is_drawn = site["type"] == "sample" and not site["is_observed"]
+    return is_drawn and not site_is_subsample(site) and not is_enumerated(site)
+
+
+def find_sites(trace: Trace, influence: dict[str, Tensor] | None = None) -> dict[str, Site]:
+    """The latent sites of a model, in the order in which it draws them.
+
+    Args:
+        trace: a run of the model.
+        influence: the derivative of the log-density in the value of each site. An entry that ``poutine.mask`` takes out
+            of the density (as ``obs_mask`` does with entries that are observed) and that has no influence elsewhere is
+            no latent. None counts all entries.
+
+    Raises:
+        ValueError: a support that has no unconstrained coordinates; a discrete site that nobody sums over.
+    """
+    found = {}
+    for name, site in trace.nodes.items():
+        if is_latent(site):
+            value = site["value"].detach()
+            found[name] = Site(unconstraining(name, site["fn"].support).inv(value).shape)
+            mask = batch_mask(site)
+            if mask is not None and influence is not None:
+                found[name] = _masked(found[name].shape, mask, influence[name] != 0)
+    return {name: site for name, site in found.items() if site.size}
+
+
+def batch_mask(site: dict) -> Tensor | None:
+    """The mask of ``poutine.mask`` over the batch of a site, or None if it takes nothing out of the density."""
+    mask = site["mask"]
+    if mask is None or mask is True:
+        return None
+    mask = torch.as_tensor(mask, device=site["value"].device).expand(site["fn"].batch_shape)
+    return None if mask.all() else mask
+
+
+def _masked(shape: torch.Size, mask: Tensor, has_influence: Tensor) -> Site:
+    is_latent = mask | has_influence.reshape(mask.shape + (-1,)).any(-1)
+    entries = is_latent.reshape(mask.shape + (1,) * (len(shape) - mask.dim())).expand(shape)
+    return Site(shape, mask, entries.reshape(-1).nonzero().squeeze(-1))
+
+
+def unconstraining(name: str, support: constraints.Constraint) -> Transform:
+    """The transform from unconstrained coordinates to the support of a site."""
+    if getattr(support, "is_discrete", False):
+        raise ValueError(
+            f"the latent site {name!r} is discrete, and a guide has continuous latents only: decorate the model with "
+            "pyro.infer.config_enumerate, so that the site is summed over"
+        )
+    inner = support
+    while hasattr(inner, "base_constraint"):
+        inner = inner.base_constraint
+    if inner in (constraints.symmetric, constraints.positive_definite, constraints.positive_semidefinite):
+        raise ValueError(
+            f"the latent site {name!r} is a symmetric matrix, whose entries are no free coordinates: draw its Cholesky "
+            "factor instead, such as a LKJCholesky site times a scale for each row"
+        )
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"the latent site {name!r} has the support {support}, for which torch knows no unconstrained coordinates: "
+            "draw a site with another support, and compute this one from it"
+        ) from None
+
+
+def with_fallback(init_loc_fn: Callable[[dict], Tensor]) -> Callable[[dict], Tensor]:
+    """Starts at zero, in unconstrained coordinates, where `init_loc_fn` has nothing to draw from."""
+
+    def init(site: dict) -> Tensor:
+        try:
+            return init_loc_fn(site)
+        except NotImplementedError:
+            return _constant(site["name"], site["fn"])
+
+    return init
+
+
+def _constant(name: str, fn: Distribution) -> Tensor:
+    """The value at zero in unconstrained coordinates."""
+    transform = unconstraining(name, fn.support)
+    return transform(torch.zeros(transform.inverse_shape(fn.shape())))
+
+
+class Rows(Messenger):
+    """Gives each subsampled plate the rows that were drawn for it."""
+
+    def __init__(self, rows: dict[str, Tensor]):
+        super().__init__()
+        self.rows = rows
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] in self.rows:
+            msg["value"] = self.rows[msg["name"]]
+
+
+class Place(Rows):
+    """Puts one point into a run of a model.
+
+    Each latent site gets its part of the point, constrained by the support and relative to the prior that the site has
+    in this run. Both may depend on latents that the model draws before it.
+
+    Args:
+        point: a vector in unconstrained coordinates, or the value of each site.
+        sites: the parts of the vector.
+        rows: the rows of subsampled plates.
+        relative: the sites whose coordinates are relative to their priors.
+    """
+
+    def __init__(
+        self,
+        point: Tensor | dict[str, Tensor],
+        sites: dict[str, Site],
+        rows: dict[str, Tensor],
+        relative: Mapping[str, Relative] = MappingProxyType({}),
+    ):
+        super().__init__(rows)
+        self.sites, self.relative = sites, relative
+        self.is_constrained = not isinstance(point, Tensor)
+        self.parts = point if self.is_constrained else unpack(point, sites)
+        self.values: dict[str, Tensor] = {}
+        self.ladjs: dict[str, Tensor] = {}
+        self.unconstrained: dict[str, Tensor] = {}
+        self.relative_ladjs: dict[str, Tensor] = {}
+        self.new: list[str] = []
+
+    def _pyro_sample(self, msg: dict) -> None:
+        super()._pyro_sample(msg)
+        name = msg["name"]
+        if msg["value"] is not None or msg["is_observed"]:
+            return
+        if name in self.parts:
+            value = self.parts[name]
+            if not self.is_constrained:
+                value = self._constrain(name, msg["fn"], value)
+            msg["value"] = self.values[name] = value
+        elif is_latent(msg):
+            self._fill(msg)
+
+    def _constrain(self, name: str, fn: Distribution, part: Tensor) -> Tensor:
+        site = self.sites[name]
+        unconstrained = site.unpack(part)
+        if name in self.relative:
+            unconstrained, ladj = self.relative[name].forward(fn, unconstrained)
+            self.relative_ladjs[name] = site.counted(ladj)
+        self.unconstrained[name] = unconstrained
+        value, self.ladjs[name] = site.constrain(name, fn, unconstrained)
+        return value
+
+    def _fill(self, msg: dict) -> None:
+        """Gives a constant to a site that the point does not have, and notes its name if the density counts it."""
+        fn, mask = msg["fn"], msg["mask"]
+        if not getattr(fn.support, "is_discrete", False):
+            msg["value"] = _constant(msg["name"], fn)
+        if mask is None or torch.as_tensor(mask).any():
+            self.new.append(msg["name"])
+
+    def check(self) -> None:
+        """Raises an error if the sites of this run are not those of the point."""
+        gone = [name for name in self.parts if name not in self.values]
+        if self.new or gone:
+            raise ValueError(
+                f"the model's latent sites have changed since the guide was made: {self.new} are new, {gone} are gone; "
+                "a guide is made for a model whose sites do not change from call to call"
+            )
+
+
+def unpack(points: Tensor, sites: dict[str, Site]) -> dict[str, Tensor]:
+    """The part of each site in vectors ``(..., D)``."""
+    return dict(zip(sites, points.split([site.size for site in sites.values()], -1)))

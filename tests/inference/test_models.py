@@ -1,0 +1,680 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models as people write them: what is right for one draw is right, and the rest is an error, never a wrong number."""
+
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import fitted, run_python, table
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.reparam import NeuTraReparam
+from pyro.ops.indexing import Vindex
+
+import pyro_realnvp as rn
+from pyro_realnvp.inference.density import LogDensity
+
+# -- a regression, written in all ways ---------------------------------------------------------------------------------
+
+N = 50
+X = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
+RESPONSE = X @ torch.tensor([1.0, -2.0]) + torch.randn(N, generator=torch.Generator().manual_seed(1))
+DEVIATIONS = torch.linalg.inv(torch.eye(2) / 25 + X.T @ X).diagonal().sqrt()
+EVIDENCE = dist.MultivariateNormal(torch.zeros(N), torch.eye(N) + 25 * X @ X.T).log_prob(RESPONSE).item()
+
+
+def regression(mean, *, as_plate=False, as_event=False):
+    def model():
+        if as_plate:
+            with pyro.plate("columns", 2):
+                b = pyro.sample("b", dist.Normal(0.0, 5.0))
+        else:
+            b = pyro.sample("b", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        if as_event:
+            pyro.sample("y", dist.Normal(mean(b), 1.0).to_event(1), obs=RESPONSE)
+        else:
+            with pyro.plate("rows", N):
+                pyro.sample("y", dist.Normal(mean(b), 1.0), obs=RESPONSE)
+
+    return model
+
+
+def loop(b):
+    total = torch.zeros(N)
+    for k in range(2):
+        total = total + X[:, k] * b[k]
+    return total
+
+
+WRITINGS = {
+    "b @ X.T": lambda b: b @ X.T,
+    "X @ b": lambda b: X @ b,
+    "sum": lambda b: (X * b[..., None, :]).sum(-1),
+    "slices": lambda b: b[..., :1] * X[:, 0] + b[..., 1:] * X[:, 1],
+    "einsum": lambda b: torch.einsum("ij,j->i", X, b),
+    "loop": loop,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_plate", [False, True], ids=["b as event", "b as plate"])
+@pytest.mark.parametrize("as_event", [False, True], ids=["rows as plate", "rows as event"])
+@pytest.mark.parametrize("mean", WRITINGS.values(), ids=WRITINGS)
+def test_a_regression_is_right_however_it_is_written(mean, as_event, as_plate):
+    guide = rn.AutoRealNVP(regression(mean, as_event=as_event, as_plate=as_plate))
+    history = rn.fit_guide(guide, num_steps=200, progress=False)
+    assert -history.best_loss == pytest.approx(EVIDENCE, abs=0.01)
+    torch.testing.assert_close(guide.sample(20_000)["b"].std(0), DEVIATIONS, rtol=0.02, atol=0)
+    report = rn.diagnose(guide)
+    assert report.log_evidence == pytest.approx(EVIDENCE, abs=0.01) and "good" in str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [AutoNormal, AutoDiagonalNormal])
+def test_pyros_own_guides_see_one_draw_too(make):
+    model = regression(WRITINGS["X @ b"])  # which a plate of particles would break
+    guide = make(model)
+    history = rn.fit_guide(guide, num_steps=400, lr=0.02, progress=False)
+    precision = torch.eye(2) / 25 + X.T @ X
+    gap = 0.5 * (precision.diagonal().log().sum() - precision.logdet()).item()  # KL of the best diagonal normal
+    assert -history.best_loss == pytest.approx(EVIDENCE - gap, abs=0.03)
+    losses = [Trace_ELBO().loss(model, guide) for _ in range(400)]
+    assert history.best_loss == pytest.approx(sum(losses) / len(losses), abs=0.3)
+    assert rn.diagnose(guide).elbo == pytest.approx(EVIDENCE - gap, abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_guide_of_ones_own_without_rsample():
+    def model():
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+        pyro.sample("y", dist.Normal(k.float(), 1.0), obs=torch.tensor(2.0))
+
+    def guide():
+        logits = pyro.param("logits", torch.zeros(3))
+        pyro.sample("k", dist.Categorical(logits=logits))
+
+    joint = torch.tensor([0.2, 0.3, 0.5]).log() + dist.Normal(torch.arange(3.0), 1.0).log_prob(torch.tensor(2.0))
+    history = rn.fit_guide(guide, model=model, num_steps=400, lr=0.05, progress=False)
+    assert -history.best_loss == pytest.approx(joint.logsumexp(0).item(), abs=0.01)
+    torch.testing.assert_close(pyro.param("logits").softmax(0), joint.softmax(0), atol=0.03, rtol=0)
+
+
+def test_a_long_loop_is_sampled_at_once():
+    calls = []
+
+    def model():
+        calls.append(1)
+        x = torch.zeros(())
+        for t in range(30):
+            x = pyro.sample(f"x_{t}", dist.Normal(0.9 * x, 1.0))
+        pyro.sample("y", dist.Normal(x, 0.1), obs=torch.tensor(2.0))
+
+    guide = rn.AutoRealNVP(model)
+    rn.fit_guide(guide, num_steps=5, progress=False)
+    before = len(calls)
+    assert guide.sample(1000)["x_29"].mean() == pytest.approx(2.0, abs=0.05)
+    assert len(calls) - before <= 3
+
+
+# -- supports that depend on latents -----------------------------------------------------------------------------------
+
+
+def dynamic():
+    a = pyro.sample("a", dist.HalfNormal(1.0))
+    b = pyro.sample("b", dist.Uniform(0.0, a))
+    pyro.sample("y", dist.Normal(a + b, 0.5), obs=torch.tensor(2.5))
+
+
+@pytest.mark.slow
+def test_a_support_that_depends_on_a_latent():
+    guide = fitted(dynamic, num_steps=300)
+    draws = guide.sample(20_000)
+    assert draws["b"].mean() == pytest.approx(0.789, abs=0.02) and (draws["b"] < draws["a"]).all()
+    report = rn.diagnose(guide)
+    assert report.log_evidence == pytest.approx(-1.991, abs=0.02)
+    elbos = [-Trace_ELBO().loss(dynamic, guide) for _ in range(300)]  # the guide under Pyro's own loss
+    assert sum(elbos) / len(elbos) == pytest.approx(report.elbo, abs=0.05)
+    elbo = Trace_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=0)
+    assert -elbo.loss(dynamic, guide) == pytest.approx(report.elbo, abs=0.05)
+    posterior = rn.neutra(guide, num_samples=600, warmup_steps=200, progress=False)
+    assert posterior.samples["b"].mean() == pytest.approx(0.789, abs=0.08)
+    assert (posterior.samples["b"] < posterior.samples["a"]).all()
+
+
+# -- hierarchies -------------------------------------------------------------------------------------------------------
+
+
+def hierarchy(groups):
+    """The model, and the exact mean and deviation of tau and the evidence, by a grid."""
+    y = 2.0 + 0.6 * torch.randn(groups, generator=torch.Generator().manual_seed(0))
+    y = y + torch.randn(groups, generator=torch.Generator().manual_seed(1))
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("groups", groups):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    mu, tau = torch.meshgrid(torch.linspace(-2, 6, 801), torch.linspace(0.002, 3, 1500), indexing="ij")
+    variance = (1 + tau.square()).double()
+    squares = (y.double().square().sum() - 2 * mu * y.sum() + groups * mu.square()) / variance
+    log_p = dist.Normal(0.0, 5.0).log_prob(mu) + dist.HalfNormal(1.0).log_prob(tau)
+    log_p = log_p - 0.5 * (groups * (2 * math.pi * variance).log() + squares)
+    weights = log_p.flatten().softmax(0)
+    mean = (weights * tau.flatten()).sum()
+    deviation = ((weights * tau.flatten().square()).sum() - mean**2).sqrt()
+    return model, mean.item(), deviation.item(), (log_p.flatten().logsumexp(0) + math.log(0.01 * 0.002)).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [8, 48, 98, 99])
+def test_a_centered_hierarchy(groups):
+    model, mean, deviation, evidence = hierarchy(groups)
+    guide = rn.AutoRealNVP(model)
+    history = rn.fit_guide(guide, num_steps=300, progress=False)
+    tau = guide.sample(20_000)["tau"]
+    assert history.skipped_steps == 0 and -history.best_loss == pytest.approx(evidence, abs=0.1)
+    assert abs(tau.mean() - mean) < 0.1 * deviation and tau.std() == pytest.approx(deviation, rel=0.1)
+
+
+@pytest.mark.slow
+def test_coordinates_relative_to_priors_are_undone_for_pyro():
+    model, _, _, evidence = hierarchy(8)
+    guide = rn.AutoRealNVP(model)
+    rn.fit_guide(guide, num_steps=200, progress=False)
+    assert set(guide.relative) == {"theta"}
+    elbo = Trace_ELBO(num_particles=500, vectorize_particles=True, max_plate_nesting=1)
+    assert -elbo.loss(model, guide) == pytest.approx(evidence, abs=0.15)
+    transform, base = guide.get_transform(), guide.get_base_dist()
+    noise = base.sample((3,))
+    z = transform(noise)
+    torch.testing.assert_close(transform.inv(z), noise, atol=1e-4, rtol=1e-4)
+    ladj = transform.log_abs_det_jacobian(noise, z)
+    for k in range(3):
+        jacobian = torch.autograd.functional.jacobian(transform, noise[k])
+        assert ladj[k].item() == pytest.approx(jacobian.slogdet()[1].item(), abs=1e-3)
+    reparam = NeuTraReparam(guide)
+    warped = poutine.reparam(model, config=lambda _: reparam)
+    draw = base.sample()
+    trace = poutine.trace(poutine.condition(warped, {"mu_shared_latent": draw})).get_trace()
+    density = LogDensity(model)
+    density.relative = guide.relative
+    inner = guide.transform
+    expected = density.one(inner(draw)) + inner.log_abs_det_jacobian(draw, inner(draw))
+    assert trace.log_prob_sum().item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def random_effects(family):
+    groups = torch.arange(60) % 12
+    truth = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    counts = dist.Poisson((0.5 + 0.7 * truth[groups]).exp())
+    torch.manual_seed(1)
+    y = counts.sample()
+
+    def model():
+        mu, tau = pyro.sample("mu", dist.Normal(0.0, 2.0)), pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 12):
+            effect = pyro.sample("effect", family(mu, tau))
+        effect = effect.log() if family is dist.LogNormal else effect
+        with pyro.plate("rows", 60):
+            pyro.sample("y", dist.Poisson(effect[groups].exp()), obs=y)
+
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [dist.Normal, dist.LogNormal, dist.Laplace, functools.partial(dist.StudentT, 4.0)],
+    ids=["normal", "lognormal", "laplace", "student"],
+)
+def test_priors_with_a_location_and_a_scale(family):
+    guide = fitted(random_effects(family), num_steps=300)
+    assert set(guide.relative) == {"effect"}
+    report = rn.diagnose(guide)
+    assert report.pareto_k < 0.7 and report.log_evidence - report.elbo < 0.3
+
+
+def gaussian_process():
+    """Its log-evidence, and the means of the logarithms of both hyperparameters, by a grid."""
+    x = torch.linspace(0.0, 5.0, 12)
+    squares = (x[:, None] - x).square()
+    y = 1.5 * torch.sin(1.5 * x) + 0.3 * torch.randn(12, generator=torch.Generator().manual_seed(0))
+
+    def covariance(amplitude, length):
+        return amplitude.square() * (-squares / (2 * length.square())).exp() + 1e-4 * torch.eye(12)
+
+    def model():
+        amplitude = pyro.sample("amplitude", dist.LogNormal(0.0, 0.5))
+        length = pyro.sample("length", dist.LogNormal(0.0, 0.5))
+        f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(12), covariance(amplitude, length)))
+        with pyro.plate("n", 12):
+            pyro.sample("y", dist.Normal(f, 0.3), obs=y)
+
+    steps = torch.linspace(-2, 2.5, 80)
+    grid = torch.cartesian_prod(steps, steps)
+    prior = dist.Normal(0.0, 0.5).log_prob(grid).sum(-1)
+    noise = 0.09 * torch.eye(12)
+    marginals = [
+        dist.MultivariateNormal(torch.zeros(12), covariance(a.exp(), b.exp()) + noise).log_prob(y) for a, b in grid
+    ]
+    log_p = prior + torch.stack(marginals)
+    return model, log_p.logsumexp(0).item() + 2 * math.log(4.5 / 79), log_p.softmax(0) @ grid
+
+
+@pytest.mark.slow
+def test_a_multivariate_prior_that_depends_on_latents():
+    model, evidence, means = gaussian_process()
+    guide = fitted(model, num_steps=200)
+    assert set(guide.relative) == {"f"}
+    report = rn.diagnose(guide)
+    assert report.log_evidence == pytest.approx(evidence, abs=0.05) and evidence - report.elbo < 0.1
+    draws = guide.sample(5000)
+    for name, mean in zip(("amplitude", "length"), means):
+        assert draws[name].log().mean() == pytest.approx(mean.item(), abs=0.04)
+    transform, noise = guide.get_transform(), guide.get_base_dist().sample()
+    jacobian = torch.autograd.functional.jacobian(transform, noise)
+    assert transform.log_abs_det_jacobian(noise, transform(noise)).item() == pytest.approx(
+        jacobian.slogdet()[1].item(), abs=0.05
+    )
+    torch.testing.assert_close(transform.inv(transform(noise)), noise, atol=0.01, rtol=0.01)
+
+
+def test_a_draw_with_a_singular_matrix_is_rejected_and_the_others_are_not():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.linalg.cholesky(torch.eye(2) * z).diagonal().log().sum())
+
+    density = LogDensity(model, values={"z": torch.tensor(1.0)})
+    values = density(torch.tensor([[1.0], [-1.0], [2.0]]))
+    assert values.isfinite().tolist() == [True, False, True] and values[1] == -math.inf
+
+
+# -- entries that are missing ------------------------------------------------------------------------------------------
+
+SEEN = torch.tensor([True, True, False, True])
+
+
+def with_a_missing_entry():
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 4):
+        pyro.sample("x", dist.Normal(m, 1.0), obs=torch.tensor([1.0, 2.0, 0.0, 0.5]), obs_mask=SEEN)
+
+
+def test_entries_that_a_mask_takes_out_are_no_latents():
+    guide = fitted(with_a_missing_entry, num_steps=100)
+    evidence = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1).log_prob(torch.tensor([1.0, 2.0, 0.5])).item()
+    draws = guide.sample(20_000)
+    assert guide.latent_dim == 2
+    assert draws["m"].mean() == pytest.approx(0.875, abs=0.02) and draws["m"].std() == pytest.approx(0.5, abs=0.01)
+    assert draws["x_unobserved"][:, 2].std() == pytest.approx(1.25**0.5, abs=0.03)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(evidence, abs=0.01)
+    elbos = [-Trace_ELBO().loss(with_a_missing_entry, guide) for _ in range(10)]
+    assert max(abs(elbo - evidence) for elbo in elbos) < 0.2
+
+
+@pytest.mark.slow
+def test_missing_covariates():
+    seen = torch.rand(N, 2, generator=torch.Generator().manual_seed(3)) > 0.15
+
+    def model():
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        with pyro.plate("rows", N, dim=-2), pyro.plate("columns", 2, dim=-1):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.where(seen, X, 0.0), obs_mask=seen)
+        with pyro.plate("responses", N):
+            pyro.sample("y", dist.Normal(x @ b, 1.0), obs=RESPONSE)
+
+    guide = fitted(model, num_steps=200)
+    assert guide.latent_dim == 2 + int((~seen).sum())
+    report = rn.diagnose(guide)
+    assert report.pareto_k < 0.7 and report.log_evidence - report.elbo < 0.2
+
+
+def test_a_masked_prior_keeps_its_latent_if_the_likelihood_depends_on_it():
+    y = 3 + torch.randn(100, generator=torch.Generator().manual_seed(0))
+
+    def model():
+        with poutine.mask(mask=torch.tensor(False)):
+            loc = pyro.sample("loc", dist.Normal(0.0, 1e-3))
+        with pyro.plate("rows", 100):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    draws = fitted(model, num_steps=50).sample(5000)["loc"]
+    assert draws.mean() == pytest.approx(y.mean().item(), abs=0.02) and draws.std() == pytest.approx(0.1, rel=0.05)
+
+
+def flat():
+    a, b = (pyro.sample(name, dist.ImproperUniform(dist.constraints.real, (), ())) for name in "ab")
+    pyro.sample("y", dist.Normal(a + b, 1.0), obs=torch.tensor(2.0))
+
+
+def without_influence():
+    pyro.sample("a", dist.ImproperUniform(dist.constraints.real, (), ()))
+    pyro.sample("b", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(("model", "names"), [(flat, r"\['a', 'b'\]"), (without_influence, r"\['a'\]")])
+def test_flat_directions_are_named(model, names):
+    with pytest.warns(RuntimeWarning, match=f"does not change along a direction of the latents {names}"):
+        guide = rn.AutoRealNVP(model).build()
+    assert guide.sample(1000)["a"].std() < 10
+
+
+# -- discrete latents, summed over -------------------------------------------------------------------------------------
+
+
+@config_enumerate
+def clusters(size=None):
+    m = pyro.sample("m", dist.Normal(0.0, 3.0))
+    with pyro.plate("n", 3, subsample_size=size) as rows:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(m * z, 0.5), obs=torch.tensor([2.0, 2.2, 0.1])[rows])
+
+
+def exact_clusters():
+    m = torch.linspace(-10, 10, 4001)
+    log_p = dist.Normal(0.0, 3.0).log_prob(m)
+    for x in (2.0, 2.2, 0.1):
+        both = torch.stack([dist.Normal(loc, 0.5).log_prob(torch.tensor(x)) for loc in (m, torch.zeros_like(m))])
+        log_p = log_p + both.logsumexp(0) + math.log(0.5)
+    weights = log_p.softmax(0)
+    mean = (weights * m).sum()
+    deviation = ((weights * m * m).sum() - mean**2).sqrt()
+    return mean.item(), deviation.item(), (log_p.logsumexp(0) + math.log(0.005)).item()
+
+
+@pytest.mark.slow
+def test_discrete_latents_are_summed_over():
+    mean, deviation, evidence = exact_clusters()
+    guide = fitted(clusters, num_steps=200)
+    draws = guide.sample(20_000)["m"]
+    assert draws.mean() == pytest.approx(mean, abs=0.03) and draws.std() == pytest.approx(deviation, rel=0.05)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(evidence, abs=0.01)
+    posterior = rn.neutra(guide, num_samples=300, warmup_steps=100, progress=False).samples["m"]
+    assert posterior.mean() == pytest.approx(mean, abs=0.1) and posterior.std() == pytest.approx(deviation, rel=0.25)
+
+
+def test_discrete_latents_under_a_subsampled_plate():
+    density, whole = LogDensity(clusters, (1,)), LogDensity(clusters)
+    for m in (-0.5, 2.0):
+        rows = density.passes()
+        mean = density.mean_over(torch.tensor([[m]]), rows).item()
+        assert len(rows) == 3 and mean == pytest.approx(whole.one(torch.tensor([m])).item(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_discrete_latents_with_pyros_loss_and_guide():
+    mean, _, evidence = exact_clusters()
+    guide = AutoNormal(poutine.block(clusters, hide=["z"]))
+    history = rn.fit_guide(guide, model=clusters, num_steps=300, lr=0.05, progress=False)
+    assert -history.best_loss == pytest.approx(evidence, abs=0.1)
+    other = rn.AutoRealNVP(clusters)
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    rn.fit_guide(other, loss=loss, num_steps=50, validation_particles=10, progress=False)
+    assert other.median()["m"].item() == pytest.approx(mean, abs=0.3)
+
+
+MARKOV_Y = torch.tensor([-1.2, -0.8, 2.1, 1.7, -0.9, 2.4, 2.2, -1.1])
+
+
+def markov(by_index=True):
+    @config_enumerate
+    def model():
+        stay = pyro.sample("stay", dist.Beta(torch.tensor([5.0, 2.0]), torch.tensor([2.0, 5.0])).to_event(1))
+        loc = pyro.sample("loc", dist.Normal(torch.tensor([-1.0, 1.0]), 2.0).to_event(1))
+        z = torch.tensor(0)
+        for t in pyro.markov(range(len(MARKOV_Y))):
+            p = Vindex(stay)[z] if by_index else torch.where(z == 0, stay[0], stay[1])
+            z = pyro.sample(f"z_{t}", dist.Bernoulli(1 - p)).long()
+            mean = Vindex(loc)[z] if by_index else torch.where(z == 0, loc[0], loc[1])
+            pyro.sample(f"y_{t}", dist.Normal(mean, 0.7), obs=MARKOV_Y[t])
+
+    return model
+
+
+def forward_algorithm(stay, loc):
+    log_p = dist.Beta(torch.tensor([5.0, 2.0]), torch.tensor([2.0, 5.0])).log_prob(stay).sum()
+    log_p = log_p + dist.Normal(torch.tensor([-1.0, 1.0]), 2.0).log_prob(loc).sum()
+    transition = torch.stack([stay, 1 - stay], -1).log()
+    state = transition[0]
+    for t, y in enumerate(MARKOV_Y):
+        state = (state[:, None] + transition).logsumexp(0) if t else state
+        state = state + dist.Normal(loc, 0.7).log_prob(y)
+    return log_p + state.logsumexp(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_index", [True, False], ids=["Vindex", "where"])
+def test_a_hidden_markov_model_has_the_density_of_the_forward_algorithm(by_index):
+    guide = rn.AutoRealNVP(markov(by_index))
+    history = rn.fit_guide(guide, num_steps=100, progress=False)
+    report = rn.diagnose(guide, num_samples=500)
+    assert "good" in str(report) and -history.best_loss < report.log_evidence + 0.05
+    density = LogDensity(markov(by_index))
+    draws = {name: values[:8] for name, values in report.draws.items()}
+    exact = torch.stack([forward_algorithm(draws["stay"][k], draws["loc"][k]) for k in range(8)])
+    torch.testing.assert_close(density(draws), exact, rtol=1e-4, atol=1e-4)
+
+
+# -- what is an error --------------------------------------------------------------------------------------------------
+
+
+def noisy():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z + 0.1 * torch.randn(()), 1.0), obs=torch.tensor(0.0))
+
+
+calls = []
+
+
+def remembering():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    calls.append(1)
+    pyro.factor("f", torch.tensor(float(len(calls))))
+    return z
+
+
+def over_the_batch():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    inside = torch._C._functorch.is_batchedtensor(z)
+    pyro.factor("f", torch.tensor(1.0 if inside else 0.0))
+
+
+def outside():
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("n", 3):
+        pyro.sample("y", dist.Poisson(rate), obs=torch.tensor([1.0, 2.5, 2.0]))
+
+
+def wishart():
+    pyro.sample("w", dist.Wishart(torch.tensor(20.0), torch.eye(2)))
+
+
+def fit(model, guide=rn.AutoRealNVP):
+    return lambda: rn.fit_guide(guide(model), num_steps=5, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample")
+@table(
+    ("make", "message"),
+    {
+        "hidden and random": (fit(poutine.block(clusters, hide=["z"])), "random numbers.*poutine.block.*config_enum"),
+        "hidden, Pyro's guide": (fit(poutine.block(clusters, hide=["z"]), AutoNormal), "random numbers.*poutine.block"),
+        "noise": (fit(noisy), "random numbers that the guide does not draw"),
+        "noise, Pyro's guide": (fit(noisy, AutoNormal), "random numbers that the guide does not draw"),
+        "state": (fit(remembering), "two evaluations of the model at the same latents"),
+        "the batch": (fit(over_the_batch), "depend on the batch"),
+        "data outside the support": (fit(outside), "log_prob at site 'y'"),
+        "data outside, Pyro's guide": (fit(outside, AutoNormal), "log_prob at site 'y'"),
+        "symmetric": (fit(wishart), "'w' is a symmetric matrix.*Cholesky"),
+        "discrete": (fit(lambda: pyro.sample("k", dist.Poisson(2.0))), "'k' is discrete.*config_enumerate"),
+        "sphere": (fit(lambda: pyro.sample("s", dist.ProjectedNormal(torch.ones(3)))), "'s' has the support.*draw"),
+    },
+)
+def test_an_error_and_no_wrong_number(make, message):
+    with pytest.raises((ValueError, RuntimeError), match=f"(?s){message}"):
+        make()
+
+
+# -- memory, rows, precision, files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_pieces_that_fit_the_memory_give_the_same_numbers():
+    model = regression(WRITINGS["X @ b"])
+    guide = rn.AutoRealNVP(model).build()
+    reports, losses = [], []
+    for memory in (1, 2000, 2**29):
+        pyro.set_rng_seed(0)
+        reports.append(rn.diagnose(guide, memory=memory, num_samples=50).log_evidence)
+        clone = rn.AutoRealNVP(model).build()
+        losses.append(rn.fit_guide(clone, seed=0, memory=memory, num_steps=3, progress=False).best_loss)
+    assert max(reports) - min(reports) < 1e-3 and max(losses) - min(losses) < 1e-3
+    density = LogDensity(model)
+    points = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    density.check(points.detach()[:2])
+    (whole,) = torch.autograd.grad(density(points).sum(), points)
+    density.memory = 3 * density.bytes_per_draw
+    (pieces,) = torch.autograd.grad(density(points).sum(), points)
+    assert density.piece == 3
+    torch.testing.assert_close(pieces, whole)
+
+
+@pytest.mark.slow
+def test_subsampled_rows():
+    x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([1.0, -2.0]) + torch.randn(2000, generator=torch.Generator().manual_seed(1))
+
+    def model():
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        with pyro.plate("rows", 2000, subsample_size=50) as rows:
+            pyro.sample("y", dist.Normal(x[rows] @ b, 1.0), obs=y[rows])
+
+    covariance = torch.linalg.inv(torch.eye(2) / 25 + x.T @ x)
+    deviations = covariance.diagonal().sqrt()
+    for steps in (0, 200):
+        guide = rn.AutoRealNVP(model).build()
+        if steps:
+            rn.fit_guide(guide, num_steps=steps, progress=False)
+        draws = guide.sample(20_000)["b"]
+        torch.testing.assert_close(draws.std(0), deviations, rtol=0.1, atol=0)
+        assert ((draws.mean(0) - covariance @ (x.T @ y)) / deviations).abs().max() < 0.2
+    exact = dist.LowRankMultivariateNormal(torch.zeros(2000), 5 * x, torch.ones(2000)).log_prob(y).item()
+    assert rn.diagnose(guide).log_evidence == pytest.approx(exact, abs=0.2)
+
+
+@pytest.mark.slow
+def test_double_precision_data_and_single_precision_priors():
+    y = 3 + torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
+
+    def model(y):
+        m = pyro.sample("m", dist.Normal(0.0, 5.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    guide = rn.AutoRealNVP(model)
+    rn.fit_guide(guide, y, num_steps=20, progress=False)
+    exact = (y.sum() / (20 + 1 / 25)).item()
+    draws = rn.neutra(guide, y, num_samples=200, warmup_steps=100, progress=False).samples["m"]
+    assert draws.mean().item() == pytest.approx(exact, abs=0.1)
+    assert rn.diagnose(guide, y).effective_sample_size > 1900
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loss",
+    [
+        RenyiELBO(num_particles=8),
+        TraceGraph_ELBO(),
+        TraceMeanField_ELBO(),
+        Trace_ELBO(num_particles=4),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_other_losses_of_pyro(loss):
+    guide = AutoDiagonalNormal(regression(WRITINGS["X @ b"]))
+    history = rn.fit_guide(guide, loss=loss, num_steps=400, lr=0.02, validation_particles=20, progress=False)
+    assert -history.best_loss == pytest.approx(EVIDENCE, abs=0.8)
+    ours = rn.AutoRealNVP(regression(WRITINGS["X @ b"]), num_couplings=2)
+    rn.fit_guide(ours, loss=loss, num_steps=5, validation_particles=8, progress=False)
+    assert ours.is_trained
+
+
+STORE = """
+import sys, torch, pyro, pyro.distributions as dist
+from pyro.infer import SVI, Trace_ELBO
+from pyro_realnvp import AutoRealNVP, fit_guide
+
+def model(loc=3.0):
+    pyro.sample("z", dist.Normal(torch.full((3,), loc), 0.1).to_event(1))
+
+def other():
+    model(-7.0)
+
+pyro.set_rng_seed(int(sys.argv[2] == "save"))
+first, second = AutoRealNVP(model, num_couplings=2), AutoRealNVP(other, num_couplings=2, warm_start=False)
+if sys.argv[2] == "save":
+    fit_guide(first, num_steps=20, progress=False)
+    first()
+    svi = SVI(other, second, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(100):
+        svi.step()
+    pyro.get_param_store().save(sys.argv[1])
+else:
+    pyro.get_param_store().load(sys.argv[1])
+    first.build(), second.build()
+torch.manual_seed(0)
+for guide in (first, second):
+    print(guide.is_trained, guide.sample(5)["z"].flatten().tolist())
+"""
+
+
+@pytest.mark.slow
+def test_pyros_own_file_gives_the_trained_guides_back(tmp_path):
+    saved, loaded = (run_python("-c", STORE, tmp_path / "store.pt", mode).stdout for mode in ("save", "load"))
+    assert saved == loaded and saved.count("True") == 2
+
+
+def test_a_store_with_other_shapes_is_refused():
+    guide = rn.AutoRealNVP(dynamic, num_couplings=2)
+    guide()
+    state = pyro.get_param_store().get_state()
+    state["params"] = {name: value.detach().clone() for name, value in state["params"].items()}
+    name = next(name for name in state["params"] if name.endswith("parts.1.loc"))
+    state["params"][name] = torch.zeros(5)
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(state)
+    with pytest.raises(RuntimeError, match=r"of the shape \(5,\).*clear_param_store"):
+        guide.sample(3)
+
+
+def test_parameters_local_to_modules():
+    with pyro.settings.context(module_local_params=True):
+        guide = rn.AutoRealNVP(dynamic, num_couplings=2)
+        rn.fit_guide(guide, num_steps=5, progress=False)
+        other = rn.AutoRealNVP(dynamic, num_couplings=2).build()
+        other.load_state_dict(guide.state_dict())
+        torch.manual_seed(0)
+        expected = guide.sample(3)
+        torch.manual_seed(0)
+        assert torch.equal(other.sample(3)["a"], expected["a"]) and other.is_trained
+
+
+def test_svi_of_a_dynamic_support_and_relative_coordinates():
+    for model in (dynamic, hierarchy(8)[0]):
+        guide = rn.AutoRealNVP(model, num_couplings=2)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+        assert all(math.isfinite(svi.step()) for _ in range(5)) and guide.is_trained
