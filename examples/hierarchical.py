@@ -133,7 +133,7 @@ for name, shift in (("guide", -0.17), ("NUTS", 0.17)):
     axes["a"].scatter(ranks + shift, middle, color=colors[name], s=9)
     style = {"histtype": "step", "linewidth": 1.5} if name == "guide" else {"alpha": 0.25}
     for tau in ("tau_a", "tau_b"):
-        axes[tau].hist(draws[name][tau], bins=40, density=True, color=colors[name], **style)
+        axes[tau].hist(draws[name][tau], bins=25, density=True, color=colors[name], **style)
 for name in ("tau_a", "tau_b"):
     axes[name].axvline(truth[name], color="tab:blue", linestyle="--")
     axes[name].set(title=f"{name}, truth dashed", yticks=[])
