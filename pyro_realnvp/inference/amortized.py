@@ -93,8 +93,14 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         self._frames = [frame for frame in sites[0][1]["cond_indep_stack"] if frame.vectorized]
         self._shapes = {}  # the event shape of each site in unconstrained coordinates
         for name, site in sites:
-            inverse = unconstraining(name, site["fn"].support).inv
+            inverse = unconstraining(name, site["fn"]).inv
             value = inverse(site["value"])
+            ones = inverse.inv(torch.ones_like(value)).flatten(0, len(site["fn"].batch_shape) - 1)
+            if not torch.allclose(ones, ones[:1]):
+                raise ValueError(
+                    f"the support of the latent site {name!r} differs from row to row, but the guide is made for rows "
+                    "that come later: draw it on one support, such as Uniform(0, 1), and rescale it in the model"
+                )
             event_dim = value.dim() - site["value"].dim() + site["fn"].event_dim
             self._shapes[name] = value.shape[value.dim() - event_dim :]
         dim = sum(shape.numel() for shape in self._shapes.values())
@@ -188,7 +194,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         entries = latent.split([shape.numel() for shape in self._shapes.values()], -1)
         for (name, shape), part in zip(self._shapes.items(), entries):
             fn = self.prototype_trace.nodes[name]["fn"]
-            transform = unconstraining(name, fn.support)
+            transform = unconstraining(name, fn)
             unconstrained = part.reshape(latent.shape[:-1] + shape)
             value = transform(unconstrained)
             ladj = 0.0

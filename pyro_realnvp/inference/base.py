@@ -50,8 +50,15 @@ class GuideBase:
     def plain_model(self) -> Callable:
         """The model as the caller passed it, without the handlers that some of Pyro's guides wrap around it."""
         if self._plain_model is None:
-            raise RuntimeError("the guide was unpickled and has lost its model: pass model=")
+            raise RuntimeError(
+                "the guide was unpickled and has lost its model: pass model= to fit_guide, diagnose or neutra"
+            )
         return self._plain_model[0]
+
+    def keep_model(self, model: Callable) -> None:
+        """Takes over the model if the guide has lost its own, as after it was unpickled."""
+        if self._plain_model is None:
+            self._plain_model = (model,)
 
     def build(self, *args, **kwargs) -> "GuideBase":
         """Traces the model once, makes the guide's parameters and returns the guide.

@@ -27,7 +27,8 @@ class FromRelative(Bijection):
         return self._map(self._inverse_one, y)
 
     def _map(self, function, points: Tensor) -> tuple[Tensor, Tensor]:
-        (results,) = map_over(function, points.reshape(-1, points.shape[-1]), self.density.is_mapped)
+        rows, density = points.reshape(-1, points.shape[-1]), self.density
+        (results,) = map_over(function, rows, density.is_mapped, density.own_tensors)
         return results["point"].reshape(points.shape), results["ladj"].reshape(points.shape[:-1])
 
     def _forward_one(self, point: Tensor) -> tuple[dict[str, Tensor]]:

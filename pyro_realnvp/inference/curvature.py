@@ -47,7 +47,7 @@ class Surface:
 
     def _products(self, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         gradient, product = 0.0, 0.0
-        for rows in self.passes:  # one after the other, so that only one graph is in memory
+        for weight, rows in self.passes:  # one after the other, so that only one graph is in memory
             with torch.enable_grad():
                 points = x.detach().expand(vectors.shape).clone().requires_grad_()
                 potential = -self.density(points, rows).sum()
@@ -57,8 +57,8 @@ class Surface:
                     if first.requires_grad
                     else torch.zeros_like(points)
                 )
-            gradient = gradient + first[0].detach() / len(self.passes)
-            product = product + second / len(self.passes)
+            gradient = gradient + weight * first[0].detach()
+            product = product + weight * second
         return gradient, product
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The log-density of a model at one draw of its latents, mapped over many draws."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -9,21 +9,18 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from pyro.poutine.runtime import _DIM_ALLOCATOR
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .enumeration import Enumerate, factors, total
-from .mapping import Point, bytes_per_draw, count, each, join, map_over, reason, split, vmap, warn_that_it_is_slow
+from .mapping import Point, count, each, join, map_over, split, vmap
 from .relative import Relative, is_relative
-from .sites import Place, Site, batch_mask, find_sites, is_enumerated, is_latent
+from .sites import Place, Site, batch_mask, find_sites, is_enumerated, is_latent, unconstraining
+from .subsampling import MOST_PASSES, Pass, crossed, draws_rows, passes_of
 
 DEFAULT_MEMORY = 2**29
 """The bytes that an evaluation of many draws may take by default."""
-MOST_PASSES = 100
-"""How often, at most, a model with subsampled plates is evaluated to see all rows."""
-_TOLERANCE = 1e-3
 
 
 class LogDensity:
@@ -39,6 +36,8 @@ class LogDensity:
         model: the model.
         args, kwargs: the model's arguments.
         values: a value of each latent site, at which the model is looked at.
+        latents: the names of the latent sites, if others are to be ignored. The log-density is then meaningless, but
+            the values of the sites are not. None for all.
         memory: the bytes that an evaluation of many draws may take.
     """
 
@@ -49,31 +48,48 @@ class LogDensity:
         kwargs: dict | None = None,
         *,
         values: dict[str, Tensor] | None = None,
+        latents: Collection[str] | None = None,
         memory: int = DEFAULT_MEMORY,
     ):
         self.model, self.args, self.kwargs = model, args, {} if kwargs is None else kwargs
-        self.memory, self.is_mapped, self.bytes_per_draw = memory, True, 0
+        self.memory, self.is_mapped, self.own_tensors, self.bytes_per_draw = memory, True, False, 0
+        self.is_strict = latents is None
         self.relative: dict[str, Relative] = {}
-        with poutine.block(), _own_plate_dims(), torch.random.fork_rng(), Place(values or {}, {}, {}):
+        with poutine.block(), _own_dims(), torch.random.fork_rng(), Place(values or {}, {}, {}, is_strict=False):
             self.trace = poutine.trace(model).get_trace(*args, **self.kwargs)
         samples = [site for site in self.trace.nodes.values() if site["type"] == "sample"]
-        self.latents = [site["name"] for site in samples if is_latent(site)]
-        self.plates = {site["name"]: site["fn"] for site in samples if _draws_rows(site)}
+        found = [site["name"] for site in samples if is_latent(site)]
+        self.latents = [name for name in found if latents is None or name in latents]
+        self.plates = {site["name"]: site["fn"] for site in samples if draws_rows(site)}
         self.nesting = max((-f.dim for site in samples for f in site["cond_indep_stack"] if f.vectorized), default=0)
         self.is_enumerated = any(is_enumerated(site) for site in samples if not site["is_observed"])
 
     @cached_property
     def sites(self) -> dict[str, Site]:
         """The parts of a vector in unconstrained coordinates."""
-        values = {name: self.trace.nodes[name]["value"].detach() for name in self.latents}
-        influence = None
-        if any(batch_mask(self.trace.nodes[name]) is not None for name in self.latents):
-            find_sites(self.trace)  # raises its errors before anything is differentiated
-            values = {name: value.requires_grad_() for name, value in values.items()}
+        nodes = {name: self.trace.nodes[name] for name in self.latents}
+        found = find_sites(nodes)
+        if all(batch_mask(site) is None for site in nodes.values()):
+            return found
+        return find_sites(nodes, self._influence(found))
+
+    def _influence(self, sites: dict[str, Site]) -> dict[str, Tensor]:
+        """Which entries of the sites' values change the log-density, at the values in the trace or near them."""
+        nodes = self.trace.nodes
+        influence = {name: torch.zeros_like(nodes[name]["value"], dtype=torch.bool) for name in sites}
+        for noise in (0.0, 0.3, 1.0, 3.0):
+            values = {}
+            for name, site in sites.items():
+                fn = nodes[name]["fn"]
+                near = unconstraining(name, fn).inv(nodes[name]["value"].detach())
+                values[name] = site.constrain(name, fn, near + noise * torch.randn_like(near))[0].requires_grad_()
             with torch.enable_grad():
-                gradients = torch.autograd.grad(self.one(values), list(values.values()), materialize_grads=True)
-            influence = dict(zip(values, gradients))
-        return find_sites(self.trace, influence)
+                log_p = self.one(values)
+            if log_p.requires_grad:
+                gradients = torch.autograd.grad(log_p, list(values.values()), materialize_grads=True)
+                for name, gradient in zip(values, gradients):
+                    influence[name] |= gradient != 0
+        return influence
 
     @property
     def dim(self) -> int:
@@ -90,9 +106,9 @@ class LogDensity:
         """A run of the model at one point."""
         sites = self.sites if isinstance(point, Tensor) else {}
         rows = self.rows() if rows is None else rows
-        place = Place(point, sites, rows, self.relative if relative is None else relative)
+        place = Place(point, sites, rows, self.relative if relative is None else relative, self.is_strict)
         model = Enumerate(first_available_dim=-1 - self.nesting)(self.model) if self.is_enumerated else self.model
-        with poutine.block(), _own_plate_dims(), pyro.validation_enabled(False), place:
+        with poutine.block(), _own_dims(), pyro.validation_enabled(False), place:
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         place.check()
         return trace, place
@@ -134,7 +150,7 @@ class LogDensity:
 
     def _of_piece(self, points: Point, rows: dict[str, Tensor]) -> Tensor:
         try:
-            return self._mapped(points, rows)
+            return self.mapped(points, rows)
         except torch.linalg.LinAlgError:  # one draw has raised it, for all of them
             return torch.stack([self._one_or_reject(point, rows) for point in each(points)])
 
@@ -145,12 +161,14 @@ class LogDensity:
         except torch.linalg.LinAlgError:
             return torch.tensor(-torch.inf)
 
-    def _mapped(self, points: Point, rows: dict[str, Tensor]) -> Tensor:
-        return self._total(vmap(lambda point: self._terms(point, rows), points, randomness="same"))
+    def mapped(self, points: Point, rows: dict[str, Tensor]) -> Tensor:
+        return self._total(
+            vmap(lambda point: self._terms(point, rows), points, randomness="same", own_tensors=self.own_tensors)
+        )
 
-    def mean_over(self, points: Point, passes: list[dict[str, Tensor]]) -> Tensor:
+    def mean_over(self, points: Point, passes: list[Pass]) -> Tensor:
         """The log-density of many draws, with all rows of `passes`."""
-        return torch.stack([self(points, rows) for rows in passes]).mean(0)
+        return sum(weight * self(points, rows) for weight, rows in passes)
 
     @property
     def piece(self) -> int:
@@ -165,7 +183,7 @@ class LogDensity:
             place = self.run(point, rows)[1]
             return place.values, place.ladjs
 
-        return join([map_over(of_one, piece, self.is_mapped) for piece in points.split(self.piece)])
+        return join([map_over(of_one, piece, self.is_mapped, self.own_tensors) for piece in points.split(self.piece)])
 
     @torch.no_grad()
     def relative_sites(self, points: Tensor) -> list[str]:
@@ -184,92 +202,18 @@ class LogDensity:
         """New rows of each subsampled plate, the same ones for all draws of an evaluation."""
         return {name: fn() for name, fn in self.plates.items()}
 
-    def passes(self, most: int = MOST_PASSES) -> list[dict[str, Tensor]]:
-        """Rows for several evaluations, which together see each row once, or as many rows as `most` of them can."""
-        if not self.plates:
-            return [{}]
-        count = max(fn.size // fn.subsample_size for fn in self.plates.values())
-        passes = [self.rows() for _ in range(min(count, most))]
-        for name, fn in self.plates.items():
-            whole = fn.size // fn.subsample_size
-            order = torch.randperm(fn.size)[: whole * fn.subsample_size].reshape(whole, -1)
-            for k, rows in enumerate(passes):
-                rows[name] = order[k % whole].to(rows[name].device)
-        return passes
-
-    # -- the check -----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def check_finite(self) -> None:
-        """Raises an error where the log-density is not finite at the values at which the model was looked at."""
-        self.trace.compute_log_prob()  # Where Pyro validates, data outside of a support are Pyro's own error.
-        bad = {
-            name: site["log_prob_sum"].item()
-            for name, site in self.trace.nodes.items()
-            if site["type"] == "sample" and not site["log_prob_sum"].isfinite()
-        }
-        if bad:
-            raise ValueError(
-                f"the log-density at the start is not finite at the sites {bad}: pass init_loc_fn=, e.g. "
-                "pyro.infer.autoguide.init_to_value(values={...}) with values at which it is, or check the data"
-            )
-
-    def check(self, points: Point) -> None:
-        """Evaluates two draws alone and mapped, with two seeds, and decides whether and how many draws are mapped.
-
-        Raises:
-            ValueError: the numbers of a draw depend on the other draws, or on random numbers that no guide draws.
-
-        Warns:
-            RuntimeWarning: the model cannot be mapped.
-        """
-        rows = self.rows()
-        first, second = (_seeded(lambda: torch.stack([self.one(p, rows) for p in each(points)]), k) for k in (0, 1))
-        _compare(
-            first,
-            second,
-            "two evaluations of the model at the same latents gave {0} and {1}: it draws random numbers that the guide "
-            "does not draw, from torch, from dropout, or at a site hidden by poutine.block. Sum over discrete latents "
-            "with pyro.infer.config_enumerate (without hiding them), and make what is random a site",
-        )
-        try:
-            mapped = _seeded(lambda: self._mapped(points, rows), 0)
-        except Exception as error:  # whatever a model may raise
-            self.is_mapped = False
-            warn_that_it_is_slow(f"the model cannot be mapped over draws ({reason(error)})")
-            return
-        _compare(
-            first,
-            mapped,
-            "the model gives a draw the log-density {0} alone and {1} together with others: its numbers depend on the "
-            "batch. Let it compute each draw by itself, without state that changes from call to call",
-        )
-        self.bytes_per_draw = bytes_per_draw(lambda points: self._mapped(points, rows), points)
+    def passes(self, most: int | None = MOST_PASSES) -> list[Pass]:
+        """Rows for several evaluations, whose weighted sum sees each row once, or as many as `most` evaluations can."""
+        return passes_of(self.plates, crossed(self.plates, self.trace), most)
 
 
 @contextmanager
-def _own_plate_dims() -> Iterator[None]:
-    """Lets a model number its plates from -1, even where it is run inside of the plates of another run."""
-    outer, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+def _own_dims() -> Iterator[None]:
+    """Lets a model number its plates and enumerated sites from -1, even where it is run inside of another run."""
+    plates, enumerated = _DIM_ALLOCATOR._stack, vars(_ENUM_ALLOCATOR).copy()
+    _DIM_ALLOCATOR._stack = []
     try:
         yield
     finally:
-        _DIM_ALLOCATOR._stack = outer
-
-
-@torch.no_grad()
-def _seeded(evaluate: Callable[[], Tensor], seed: int) -> Tensor:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return evaluate()
-
-
-def _draws_rows(site: dict) -> bool:
-    return site_is_subsample(site) and site["fn"].subsample_size not in (None, site["fn"].size)
-
-
-def _compare(a: Tensor, b: Tensor, message: str) -> None:
-    same = torch.isclose(a.double(), b.double(), rtol=_TOLERANCE / 10, atol=_TOLERANCE, equal_nan=True)
-    if not same.all():
-        k = int((~same).nonzero()[0])
-        raise ValueError(message.format(f"{a[k].item():.6g}", f"{b[k].item():.6g}"))
+        _DIM_ALLOCATOR._stack = plates
+        vars(_ENUM_ALLOCATOR).update(enumerated)

@@ -13,8 +13,6 @@ from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
 from .traces import check_argument_names, model_of, run, values_of
 
-_MOST_PASSES = 100_000  # enough for all rows, since the weights must be those of the whole data
-
 
 @dataclass
 class Diagnosis:
@@ -94,12 +92,13 @@ def diagnose(
         ELBO                   -1.266 nats
         effective sample size  2000 of 2000
     """
-    model = model_of(guide) if model is None else model
+    model = model_of(guide, model)
     check_argument_names(model, diagnose, args)
     guide_trace = run(model, guide, args, kwargs)
     density = LogDensity(model, args, kwargs, values=values_of(guide_trace), memory=memory)
     particles = particles_of(guide, density, [])
-    points, weights = particles.log_weights(num_samples, density.passes(most=_MOST_PASSES))
+    # The weights are those of the whole data, so plates that draw subsamples must show all rows.
+    points, weights = particles.log_weights(num_samples, density.passes(most=None))
     draws = particles.values(points)
     weights = weights.double()
     if weights.isnan().any() or not weights.isfinite().any():

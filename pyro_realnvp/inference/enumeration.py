@@ -57,7 +57,9 @@ def factors(trace: Trace) -> tuple[list[Factor], float, list[Tensor]]:
         log_prob = site["packed"]["log_prob"]
         is_summed = not plates.issuperset(log_prob._pyro_dims)
         if is_summed:
-            log_prob = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"])
+            # A masked site that is enumerated keeps its probabilities, which sum to 1 instead of counting states.
+            mask = None if "_enumerate_dim" in site["infer"] else site["packed"]["mask"]
+            log_prob = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=mask)
             scales.add(float(site["scale"]))
         found.append(Factor(log_prob._pyro_dims, own, is_summed))
         terms.append(log_prob)

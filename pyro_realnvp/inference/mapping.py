@@ -16,11 +16,19 @@ Point = Tensor | dict[str, Tensor]
 _T = TypeVar("_T")
 
 
-def vmap(function: Callable[[Point], _T], points: Point, randomness: str = "error") -> _T:
-    """:func:`torch.func.vmap`, for functions that use torch's own distributions."""
+def vmap(function: Callable[[Point], _T], points: Point, randomness: str = "error", own_tensors: bool = False) -> _T:
+    """:func:`torch.func.vmap`, for functions that use torch's own distributions.
+
+    Args:
+        function: a function of one point.
+        points: many points.
+        randomness: as in :func:`torch.func.vmap`.
+        own_tensors: whether each draw gets its own copy of the tensors that the function creates, so that it may write
+            into them.
+    """
 
     def of_one(point: Point, zero: Tensor) -> _T:
-        with _ForVmap(zero):
+        with _ForVmap(zero, own_tensors):
             return function(point)
 
     return torch.func.vmap(of_one, randomness=randomness)(points, torch.zeros(count(points)))
@@ -34,18 +42,21 @@ class _ForVmap(TorchFunctionMode):
     ``x[mask] = 0`` has a shape in between that depends on the values, which ``masked_fill_`` has not.
     """
 
-    def __init__(self, zero: Tensor):
-        self.zero = zero
+    def __init__(self, zero: Tensor, own_tensors: bool):
+        self.zero, self.own_tensors = zero, own_tensors
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in _FILLS:
             target, *rest = args
             args = (torch.zeros_like(target) + self.zero.to(target), *rest)
         elif function is Tensor.__setitem__ and _is_mask(args[1]) and not isinstance(args[2], Tensor):
-            function = Tensor.masked_fill_
-        return function(*args, **(kwargs or {}))
+            function, (target, mask, value) = Tensor.masked_fill_, args
+            args = (target, mask.reshape(mask.shape + (1,) * (target.dim() - mask.dim())), value)
+        result = function(*args, **(kwargs or {}))
+        return result + self.zero.to(result) if self.own_tensors and function in _CREATIONS else result
 
 
+_CREATIONS = {torch.zeros, torch.ones, torch.empty, torch.full, torch.zeros_like, torch.ones_like, torch.empty_like}
 _FILLS = {Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.cauchy_, Tensor.bernoulli_, Tensor.geometric_}
 
 
@@ -76,10 +87,12 @@ def split(points: Point, size: int) -> list[Point]:
     return [map_points(points, lambda value, k=k: value[k : k + size]) for k in starts]
 
 
-def map_over(function: Callable[[Point], tuple[dict, ...]], points: Point, is_mapped: bool) -> tuple[dict, ...]:
+def map_over(
+    function: Callable[[Point], tuple[dict, ...]], points: Point, is_mapped: bool, own_tensors: bool = False
+) -> tuple[dict, ...]:
     """The tensors of a function of one point, which returns dicts of them, at many points."""
     if is_mapped and count(points) > 1:
-        return vmap(function, points, randomness="different")
+        return vmap(function, points, "different", own_tensors)
     results = [function(point) for point in each(points)]
     return join([map_each(result, lambda value: value.unsqueeze(0)) for result in results])
 

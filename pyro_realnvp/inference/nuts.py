@@ -11,12 +11,11 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
+from .agreement import check
 from .base import GuideBase
 from .density import LogDensity
 from .particles import frozen
 from .traces import check_argument_names, model_of, run, values_of
-
-_MOST_PASSES = 100_000  # enough for all rows, so that the draws are exact
 
 
 @dataclass
@@ -109,7 +108,7 @@ def neutra(
         raise RuntimeError("the guide is not trained: call fit_guide(guide, *args) first")
     if num_samples < 4 or num_chains < 1:
         raise ValueError(f"expected num_samples >= 4 and num_chains >= 1; got {num_samples} and {num_chains}")
-    model = model_of(guide) if model is None else model
+    model = model_of(guide, model)
     check_argument_names(model, neutra, args)
     started = time.perf_counter()
     values = values_of(run(model, guide, args, kwargs))
@@ -126,13 +125,13 @@ def neutra(
             "poutine.mask takes out of the density are none): use AutoRealNVP"
         )
     with torch.no_grad():
-        density.check(transform(base.sample((2,))))
-    passes = density.passes(most=_MOST_PASSES)
+        check(density, transform(base.sample((2,))))
+    passes = density.passes(most=None)
 
     def potential(point: dict[str, Tensor]) -> Tensor:
         noise = point["base"]
         latent = transform(noise)
-        log_p = torch.stack([density.one(latent, rows) for rows in passes]).mean()
+        log_p = sum(weight * density.one(latent, rows) for weight, rows in passes)
         return -(log_p + transform.log_abs_det_jacobian(noise, latent)).to(noise)
 
     chains, divergences = [], 0

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..distributions import FlowDistribution
+from .agreement import check
 from .base import GuideBase
-from .density import LogDensity
+from .density import LogDensity, Pass
 from .mapping import Point, bytes_per_draw, map_over, reason, warn_that_it_is_slow
 from .sites import Rows
 
@@ -32,7 +33,7 @@ class Particles:
         self.guide, self.density, self.parameters = guide, density, parameters
         with torch.no_grad(), torch.random.fork_rng():
             points, _, _ = self.draw(2, density.rows(), False)
-        density.check(points)
+        check(density, points)
 
     def draw(self, count: int, rows: dict[str, Tensor], path_derivative: bool) -> tuple[Point, Tensor, Tensor | None]:
         """Returns the draws; log q of them; and log q of those sites that are not reparametrized, if there are any.
@@ -79,9 +80,9 @@ class Particles:
         return (losses + advantage * (score - score.detach())).sum()
 
     @torch.no_grad()
-    def log_weights(self, count: int, passes: list[dict[str, Tensor]]) -> tuple[Point, Tensor]:
+    def log_weights(self, count: int, passes: list[Pass]) -> tuple[Point, Tensor]:
         """Draws, and the logarithms of their weights, ``(count,)``, with all rows of `passes`."""
-        drawn = [self.draw(n, passes[0], False)[:2] for n in self._sizes(count)]
+        drawn = [self.draw(n, passes[0][1], False)[:2] for n in self._sizes(count)]
         weights = [self.density.mean_over(points, passes) - log_q for points, log_q in drawn]
         points = [points for points, _ in drawn]
         if isinstance(points[0], Tensor):

@@ -76,13 +76,19 @@ def _log_det_of_trils(tril: Tensor, root: Tensor) -> Tensor:
     return (tril.diagonal(dim1=-2, dim2=-1).log() - root.diagonal(dim1=-2, dim2=-1).log()).sum(-1)
 
 
+def plain(fn: td.Distribution) -> td.Distribution:
+    """A distribution without the wrappers of batches, events and masks."""
+    while isinstance(fn, (td.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
 def location_and_scale(fn: td.Distribution) -> tuple[Tensor, Tensor] | None:
     """Location and scale of a site's distribution in unconstrained coordinates, or None if it has none.
 
     The scale of a ``MultivariateNormal`` is the lower triangular factor of its covariance.
     """
-    while isinstance(fn, (td.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
-        fn = fn.base_dist
+    fn = plain(fn)
     if isinstance(fn, td.MultivariateNormal):
         return fn.loc, fn.scale_tril
     return (fn.loc, fn.scale) if isinstance(fn, _LOCATION_SCALE) else None
@@ -90,8 +96,7 @@ def location_and_scale(fn: td.Distribution) -> tuple[Tensor, Tensor] | None:
 
 def prior_curvature(fn: td.Distribution, t: Tensor, slope: Tensor) -> Tensor:
     """The diagonal of the Hessian of a prior's log-density in t, given its gradient as a function of t."""
-    while isinstance(fn, (td.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
-        fn = fn.base_dist
+    fn = plain(fn)
     if isinstance(fn, td.MultivariateNormal):
         return -fn.precision_matrix.diagonal(dim1=-2, dim2=-1).expand(t.shape)
     return torch.autograd.grad(slope.sum(), t)[0]

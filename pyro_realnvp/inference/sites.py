@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The latent sites of a model, and how a point in unconstrained coordinates becomes their values."""
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions import Distribution, Transform, VonMises, biject_to, constraints
 
 from ..bijections.shapes import sum_events
-from .relative import Relative
+from .relative import Relative, plain
 
 
 class Site(NamedTuple):
@@ -22,7 +22,7 @@ class Site(NamedTuple):
     shape: torch.Size
     """The shape of the whole value in unconstrained coordinates."""
     mask: Tensor | None = None
-    """The mask of ``poutine.mask`` over the batch: where the density counts the site. None if it counts everywhere."""
+    """Which elements of the batch are latents. None if all of them are."""
     entries: Tensor | None = None
     """The numbers of those entries of the flattened value that are latents. None if all of them are."""
 
@@ -44,7 +44,7 @@ class Site(NamedTuple):
 
     def constrain(self, name: str, fn: Distribution, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
         """The values in the support of `fn`, and log|det| of each element of the batch."""
-        transform = unconstraining(name, fn.support)
+        transform = unconstraining(name, fn)
         value = transform(unconstrained)
         try:
             ladj = transform.log_abs_det_jacobian(unconstrained, value)
@@ -56,7 +56,7 @@ class Site(NamedTuple):
         return value, self.counted(sum_events(ladj, ladj.dim() - value.dim() + fn.event_dim))
 
     def counted(self, ladj: Tensor) -> Tensor:
-        """log|det| of each element of the batch, and 0 for those that the density does not count."""
+        """log|det| of each element of the batch, and 0 for those that are no latents."""
         return ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0)
 
 
@@ -71,26 +71,25 @@ def is_latent(site: dict) -> bool:
     return is_drawn and not site_is_subsample(site) and not is_enumerated(site)
 
 
-def find_sites(trace: Trace, influence: dict[str, Tensor] | None = None) -> dict[str, Site]:
+def find_sites(nodes: Mapping[str, dict], influence: dict[str, Tensor] | None = None) -> dict[str, Site]:
     """The latent sites of a model, in the order in which it draws them.
 
     Args:
-        trace: a run of the model.
-        influence: the derivative of the log-density in the value of each site. An entry that ``poutine.mask`` takes out
-            of the density (as ``obs_mask`` does with entries that are observed) and that has no influence elsewhere is
-            no latent. None counts all entries.
+        nodes: the latent sites of a run of the model.
+        influence: for each site, which entries of its value change the log-density. An entry that ``poutine.mask``
+            takes out of the density (as ``obs_mask`` does with entries that are observed) and that has no influence
+            elsewhere is no latent. None counts all entries.
 
     Raises:
         ValueError: a support that has no unconstrained coordinates; a discrete site that nobody sums over.
     """
     found = {}
-    for name, site in trace.nodes.items():
-        if is_latent(site):
-            value = site["value"].detach()
-            found[name] = Site(unconstraining(name, site["fn"].support).inv(value).shape)
-            mask = batch_mask(site)
-            if mask is not None and influence is not None:
-                found[name] = _masked(found[name].shape, mask, influence[name] != 0)
+    for name, site in nodes.items():
+        value = site["value"].detach()
+        found[name] = Site(unconstraining(name, site["fn"]).inv(value).shape)
+        mask = batch_mask(site)
+        if mask is not None and influence is not None:
+            found[name] = _masked(found[name].shape, mask, influence[name])
     return {name: site for name, site in found.items() if site.size}
 
 
@@ -105,12 +104,17 @@ def batch_mask(site: dict) -> Tensor | None:
 
 def _masked(shape: torch.Size, mask: Tensor, has_influence: Tensor) -> Site:
     is_latent = mask | has_influence.reshape(mask.shape + (-1,)).any(-1)
+    if is_latent.all():
+        return Site(shape)
     entries = is_latent.reshape(mask.shape + (1,) * (len(shape) - mask.dim())).expand(shape)
-    return Site(shape, mask, entries.reshape(-1).nonzero().squeeze(-1))
+    return Site(shape, is_latent, entries.reshape(-1).nonzero().squeeze(-1))
 
 
-def unconstraining(name: str, support: constraints.Constraint) -> Transform:
+def unconstraining(name: str, fn: Distribution) -> Transform:
     """The transform from unconstrained coordinates to the support of a site."""
+    support = fn.support
+    if isinstance(plain(fn), VonMises):  # periodic on the real line, which torch names as its support
+        support = constraints.interval(-math.pi, math.pi)
     if getattr(support, "is_discrete", False):
         raise ValueError(
             f"the latent site {name!r} is discrete, and a guide has continuous latents only: decorate the model with "
@@ -147,7 +151,7 @@ def with_fallback(init_loc_fn: Callable[[dict], Tensor]) -> Callable[[dict], Ten
 
 def _constant(name: str, fn: Distribution) -> Tensor:
     """The value at zero in unconstrained coordinates."""
-    transform = unconstraining(name, fn.support)
+    transform = unconstraining(name, fn)
     return transform(torch.zeros(transform.inverse_shape(fn.shape())))
 
 
@@ -174,6 +178,7 @@ class Place(Rows):
         sites: the parts of the vector.
         rows: the rows of subsampled plates.
         relative: the sites whose coordinates are relative to their priors.
+        is_strict: whether latent sites that the point does not have are an error.
     """
 
     def __init__(
@@ -182,9 +187,10 @@ class Place(Rows):
         sites: dict[str, Site],
         rows: dict[str, Tensor],
         relative: Mapping[str, Relative] = MappingProxyType({}),
+        is_strict: bool = True,
     ):
         super().__init__(rows)
-        self.sites, self.relative = sites, relative
+        self.sites, self.relative, self.is_strict = sites, relative, is_strict
         self.is_constrained = not isinstance(point, Tensor)
         self.parts = point if self.is_constrained else unpack(point, sites)
         self.values: dict[str, Tensor] = {}
@@ -221,7 +227,8 @@ class Place(Rows):
         fn, mask = msg["fn"], msg["mask"]
         if not getattr(fn.support, "is_discrete", False):
             msg["value"] = _constant(msg["name"], fn)
-        if mask is None or torch.as_tensor(mask).any():
+        counts = mask is None or bool(torch.as_tensor(mask).any())
+        if self.is_strict and counts and fn.shape().numel():
             self.new.append(msg["name"])
 
     def check(self) -> None:

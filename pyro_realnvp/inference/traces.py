@@ -12,12 +12,17 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from .base import GuideBase
 from .sites import batch_mask, is_latent
 
 
-def model_of(guide: Callable) -> Callable:
-    """The model of a guide that was made from one."""
-    if hasattr(guide, "plain_model"):
+def model_of(guide: Callable, model: Callable | None) -> Callable:
+    """The model that was passed, or that of a guide that was made from one."""
+    if model is not None:
+        if isinstance(guide, GuideBase):
+            guide.keep_model(model)
+        return model
+    if isinstance(guide, GuideBase):
         return guide.plain_model
     if not isinstance(guide, AutoGuide):
         raise ValueError(f"the guide {guide!r} was not made from a model: pass model=")
@@ -88,7 +93,7 @@ def run(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Trace:
 def _counts(site: dict) -> bool:
     """Whether the density counts an entry of the site."""
     mask = batch_mask(site)
-    return mask is None or bool(mask.any())
+    return site["value"].numel() > 0 and (mask is None or bool(mask.any()))
 
 
 def learned_parameters(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[list[Tensor], Trace]:

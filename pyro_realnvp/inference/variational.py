@@ -106,7 +106,7 @@ def fit_guide(
         >>> 2.9 < guide.median()["z"] < 3.1
         tensor(True)
     """
-    model = model_of(guide) if model is None else model
+    model = model_of(guide, model)
     check_argument_names(model, fit_guide, args)
     options = LoopOptions(
         num_steps=num_steps,
@@ -120,6 +120,8 @@ def fit_guide(
     )
     if seed is not None:
         pyro.set_rng_seed(seed)
+    if isinstance(guide, GuideBase):
+        guide.build(*args, **kwargs)
     parameters, guide_trace = learned_parameters(model, guide, args, kwargs)
     if not parameters:
         raise ValueError("neither the guide nor the model has a parameter that requires a gradient: nothing to fit")

@@ -8,6 +8,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from .agreement import check
 from .coordinates import FromRelative
 from .curvature import Surface, least_curvature, newton, scales_of
 from .density import LogDensity
@@ -26,7 +27,7 @@ def warm_start(density: LogDensity, loc: Tensor, init_scale: float) -> Normal | 
         start, density.relative = loc.to(dtype), {}
         try:
             with torch.random.fork_rng():
-                density.check(start + 1e-3 * torch.randn(2, len(loc)).to(start))
+                check(density, start + 1e-3 * torch.randn(2, len(loc)).to(start))
                 return find_start(density, start, init_scale)
         except (RuntimeError, TypeError, NotImplementedError) as error:  # mixed types, or no second derivative
             problem = error
@@ -76,10 +77,16 @@ def _warn_of_flat_directions(density: LogDensity, normal: Normal) -> None:
         _, hessian = surface.derivatives(normal.loc, torch.eye(density.dim).to(normal.loc))
         scale = scales_of(hessian.diagonal())
         values, vectors = torch.linalg.eigh(scale[:, None] * (hessian + hessian.mT) / 2 * scale)
-        flat = vectors[:, values.abs() < least_curvature(values)].abs()
-        is_flat = (flat > 0.3 * flat.amax(0, keepdim=True)).any(1) if flat.numel() else entries < 0
+        flat = (scale[:, None] * vectors)[:, values.abs() < least_curvature(values)]
     else:
-        is_flat = surface.diagonal(normal.loc, entries)[1] == 0
+        flat = torch.nn.functional.one_hot(entries[surface.diagonal(normal.loc, entries)[1] == 0], density.dim).mT
+    is_flat = entries < 0
+    for direction in flat.to(normal.loc).unbind(1):
+        # A second derivative of 0 is not enough, since it has it too where the log-density is a straight line.
+        with torch.no_grad():
+            near = surface(normal.loc + torch.tensor([[-3.0], [0.0], [3.0]]).to(normal.loc) * direction)
+        if (near - near[1]).abs().max() < 1e-6 * (1 + near[1].abs()):
+            is_flat |= direction.abs() > 0.3 * direction.abs().max()
     if is_flat.any():
         names = [name for name, own in unpack(entries, density.sites).items() if is_flat[own].any()]
         warnings.warn(

@@ -80,6 +80,29 @@ def global_and_local(x):
     rows(x)
 
 
+def bounded(x):
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Uniform(0.0, x[:, 0] + 1))
+
+
+def counts(x):
+    with pyro.plate("rows", len(x)):
+        pyro.sample("k", dist.Poisson(2.0))
+
+
+def test_draws_medians_and_quantiles_of_an_amortized_guide():
+    x = torch.randn(30, 2)
+    guide = rn.AmortizedRealNVP(rows, Encoder(), context_dim=8)
+    rn.fit_guide(guide, x, num_steps=20, progress=False)
+    draws, (low, high) = guide.sample(200, x[:5]), guide.quantiles([0.1, 0.9], x[:5])["z"]
+    assert draws["z"].shape == (200, 5, 2) and draws["scale"].shape == (200, 5)
+    median = guide.median(x[:5])["z"]
+    assert ((low < median) & (median < high)).all()
+    assert (draws["z"].mean(0) - median).abs().max() < 1.0 and draws["z"].std(0).min() > 0.05
+    other = rn.AmortizedRealNVP(rows, Encoder(), context_dim=8).build(x, size=10)
+    assert other.sample(7, x, size=10)["z"].shape == (7, 10, 2)
+
+
 @table(
     ("make", "error", "message"),
     {
@@ -92,6 +115,16 @@ def global_and_local(x):
             lambda: rn.AmortizedRealNVP(rows, nn.Linear(2, 8), context_dim=7)(torch.ones(3, 2)),
             ValueError,
             r"contexts of shape \(3, 7\).*got \(3, 8\)",
+        ),
+        "a support for each row": (
+            lambda: rn.AmortizedRealNVP(bounded, Encoder(), context_dim=8).build(torch.rand(3, 2)),
+            ValueError,
+            "support of the latent site 'z' differs from row to row.*Uniform",
+        ),
+        "discrete": (
+            lambda: rn.AmortizedRealNVP(counts, Encoder(), context_dim=8).build(torch.ones(3, 2)),
+            ValueError,
+            "'k' is discrete.*config_enumerate",
         ),
         "no sites": (
             lambda: rn.AmortizedRealNVP(lambda: None, Encoder(), context_dim=8).build(),

@@ -3,6 +3,7 @@
 
 import functools
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -12,6 +13,7 @@ from helpers import fitted, run_python, table
 from pyro import poutine
 from pyro.infer import (
     SVI,
+    Predictive,
     RenyiELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
@@ -24,6 +26,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.indexing import Vindex
 
 import pyro_realnvp as rn
+from pyro_realnvp.inference.agreement import check
 from pyro_realnvp.inference.density import LogDensity
 
 # -- a regression, written in all ways ---------------------------------------------------------------------------------
@@ -128,6 +131,33 @@ def test_a_long_loop_is_sampled_at_once():
     assert len(calls) - before <= 3
 
 
+def test_a_model_that_writes_into_a_new_tensor_is_mapped():
+    def model():
+        x, z = torch.zeros(4), pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        for t in range(4):
+            x[t] = 2 * z[t] + (x[t - 1] if t else 0)
+        x[torch.tensor([True, False, False, False])] = 0.0
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.ones(4))
+
+    density = LogDensity(model)
+    points = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    check(density, points[:2])
+    assert density.is_mapped and density.own_tensors
+    torch.testing.assert_close(density(points), torch.stack([density.one(point) for point in points]))
+    assert rn.AutoRealNVP(model).build().sample(3)["z"].shape == (3, 4)  # without a warning
+
+
+def test_a_mask_of_rows():
+    def model():
+        m = pyro.sample("m", dist.Normal(torch.zeros(3, 3), 5.0).to_event(2)).clone()
+        m[torch.tensor([True, False, False])] = 0.0
+        pyro.sample("y", dist.Normal(m, 1.0).to_event(2), obs=torch.arange(9.0).reshape(3, 3))
+
+    rows = torch.arange(9.0)
+    exact = dist.Normal(0.0, 1.0).log_prob(rows[:3]).sum() + dist.Normal(0.0, 26**0.5).log_prob(rows[3:]).sum()
+    assert rn.diagnose(rn.AutoRealNVP(model)).log_evidence == pytest.approx(exact.item(), abs=0.01)
+
+
 # -- supports that depend on latents -----------------------------------------------------------------------------------
 
 
@@ -151,6 +181,31 @@ def test_a_support_that_depends_on_a_latent():
     posterior = rn.neutra(guide, num_samples=600, warmup_steps=200, progress=False)
     assert posterior.samples["b"].mean() == pytest.approx(0.789, abs=0.08)
     assert (posterior.samples["b"] < posterior.samples["a"]).all()
+
+
+def test_a_support_that_depends_on_an_argument():
+    def model(upper, y=2.0):
+        a = pyro.sample("a", dist.Uniform(0.0, upper))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(y))
+
+    guide = rn.AutoRealNVP(model).build(torch.tensor(1.0))
+    rn.fit_guide(guide, torch.tensor(10.0), 7.0, num_steps=300, progress=False)
+    assert guide.sample(5000)["a"].mean() == pytest.approx(7.0, abs=0.1)
+    draws = [guide(torch.tensor(10.0), 7.0)["a"].item() for _ in range(200)]
+    assert sum(draws) / 200 == pytest.approx(7.0, abs=0.3)
+
+
+def test_an_angle():
+    def model():
+        a = pyro.sample("a", dist.VonMises(0.5, 2.0))
+        pyro.sample("y", dist.Normal(a.cos(), 0.5), obs=torch.tensor(0.7))
+
+    a = torch.linspace(-math.pi, math.pi, 20_001)
+    log_p = dist.VonMises(0.5, 2.0).log_prob(a) + dist.Normal(a.cos(), 0.5).log_prob(torch.tensor(0.7))
+    exact = (log_p.double().logsumexp(0) + (a[1] - a[0]).log()).item()
+    guide = fitted(model, num_steps=100)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(exact, abs=0.01)
+    assert guide.sample(1000)["a"].abs().max() < math.pi
 
 
 # -- hierarchies -------------------------------------------------------------------------------------------------------
@@ -215,6 +270,59 @@ def test_coordinates_relative_to_priors_are_undone_for_pyro():
     inner = guide.transform
     expected = density.one(inner(draw)) + inner.log_abs_det_jacobian(draw, inner(draw))
     assert trace.log_prob_sum().item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def effects(x, y=None):
+    slope, tau = pyro.sample("slope", dist.Normal(0.0, 1.0)), pyro.sample("tau", dist.LogNormal(0.0, 0.2))
+    with pyro.plate("groups", 4):
+        theta = pyro.sample("theta", dist.Normal(slope * x, tau))
+        pyro.sample("y", dist.Normal(theta, 0.3), obs=y)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictions_of_a_hierarchy(parallel):
+    x, y = torch.arange(4.0), 2 * torch.arange(4.0)
+    guide = rn.AutoRealNVP(effects)
+    rn.fit_guide(guide, x, y, num_steps=100, progress=False)
+    predictive = Predictive(effects, guide=guide, num_samples=300, parallel=parallel)
+    draws = predictive(x)["y"].reshape(300, 4)
+    assert (draws.mean(0) - y).abs().max() < 0.3
+    before = guide.sample(4000)["theta"].mean(0)
+    rn.diagnose(guide, x + 5, y)
+    torch.testing.assert_close(guide.sample(4000)["theta"].mean(0), before, atol=0.1, rtol=0)
+
+
+def test_a_pickled_guide_of_a_hierarchy_takes_its_model_back():
+    x, y = torch.arange(4.0), 2 * torch.arange(4.0)
+    guide = rn.AutoRealNVP(effects)
+    rn.fit_guide(guide, x, y, num_steps=20, progress=False)
+    other = pickle.loads(pickle.dumps(guide))
+    with pytest.raises(RuntimeError, match="depend on its model"):
+        other.sample(3)
+    assert rn.diagnose(other, x, y, model=effects).effective_sample_size > 100
+    torch.manual_seed(0)
+    expected = guide.sample(3)
+    torch.manual_seed(0)
+    torch.testing.assert_close(other.sample(3), expected)
+
+
+@pytest.mark.slow
+def test_pyros_vectorized_enumeration_beside_relative_coordinates():
+    @config_enumerate
+    def model():
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        theta = pyro.sample("theta", dist.Normal(0.0, tau))
+        with pyro.plate("n", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(theta * z, 0.5), obs=torch.tensor([1.0, 0.2, 0.9]))
+
+    guide = fitted(model, num_steps=100)
+    assert set(guide.relative) == {"theta"}
+    one, many = (
+        TraceEnum_ELBO(num_particles=400, max_plate_nesting=1, vectorize_particles=vectorized).loss(model, guide)
+        for vectorized in (False, True)
+    )
+    assert one == pytest.approx(many, abs=0.1)
 
 
 def random_effects(family):
@@ -356,6 +464,37 @@ def test_a_masked_prior_keeps_its_latent_if_the_likelihood_depends_on_it():
     assert draws.mean() == pytest.approx(y.mean().item(), abs=0.02) and draws.std() == pytest.approx(0.1, rel=0.05)
 
 
+def test_a_masked_prior_that_depends_on_latents_keeps_its_volume():
+    def model():
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("n", 3), poutine.mask(mask=torch.tensor(False)):
+            t = pyro.sample("t", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.Normal(t, 1.0).to_event(1), obs=torch.tensor([1.0, 2.0, 3.0]))
+
+    guide = fitted(model, num_steps=200)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(0.0, abs=0.02)
+    assert guide.sample(20_000)["tau"].mean() == pytest.approx(math.exp(0.125), abs=0.03)
+
+
+def test_a_latent_behind_a_corner_keeps_its_influence():
+    def model():
+        with poutine.mask(mask=torch.tensor([False, True])), pyro.plate("n", 2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z.relu().sum(), 1.0), obs=torch.tensor(1.0))
+
+    density = LogDensity(model, values={"z": torch.tensor([-0.1, -0.1])})
+    assert density.dim == 2
+
+
+def no_data():
+    """A straight line has no curvature either, and is not flat."""
+    pyro.sample("v", dist.Laplace(0.0, 1.0))
+
+
+def test_a_straight_line_is_not_flat():
+    rn.AutoRealNVP(no_data).build()
+
+
 def flat():
     a, b = (pyro.sample(name, dist.ImproperUniform(dist.constraints.real, (), ())) for name in "ab")
     pyro.sample("y", dist.Normal(a + b, 1.0), obs=torch.tensor(2.0))
@@ -425,6 +564,24 @@ def test_discrete_latents_with_pyros_loss_and_guide():
     loss = TraceEnum_ELBO(max_plate_nesting=1)
     rn.fit_guide(other, loss=loss, num_steps=50, validation_particles=10, progress=False)
     assert other.median()["m"].item() == pytest.approx(mean, abs=0.3)
+
+
+def test_masked_sites_count_no_states():
+    @config_enumerate
+    def model(length):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        z = torch.tensor(0)
+        for t in range(3):
+            with poutine.mask(mask=torch.tensor(t < length)):
+                z = pyro.sample(
+                    f"z_{t}", dist.Categorical(torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]])[z.clamp(max=1)])
+                )
+                pyro.sample(f"x_{t}", dist.Normal(m + z, 1.0), obs=torch.tensor(1.0))
+
+    m = torch.tensor(0.3)
+    first = dist.Normal(m + torch.arange(3.0), 1.0).log_prob(torch.tensor(1.0)) + torch.tensor([0.6, 0.3, 0.1]).log()
+    exact = dist.Normal(0.0, 1.0).log_prob(m) + first.logsumexp(0)
+    assert LogDensity(model, (1,)).one(m.reshape(1)).item() == pytest.approx(exact.item(), abs=1e-5)
 
 
 MARKOV_Y = torch.tensor([-1.2, -0.8, 2.1, 1.7, -0.9, 2.4, 2.2, -1.1])
@@ -499,6 +656,21 @@ def outside():
         pyro.sample("y", dist.Poisson(rate), obs=torch.tensor([1.0, 2.5, 2.0]))
 
 
+def detached():
+    a, b = pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.sample("b", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(torch.stack([a, b.detach()]), 1.0).to_event(1), obs=torch.ones(2))
+
+
+def other_entries():
+    guide = rn.AutoRealNVP(lambda seen: with_missing(seen)).build(SEEN)
+    rn.diagnose(guide, ~SEEN)
+
+
+def with_missing(seen):
+    with pyro.plate("n", 4):
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(4), obs_mask=seen)
+
+
 def wishart():
     pyro.sample("w", dist.Wishart(torch.tensor(20.0), torch.eye(2)))
 
@@ -519,6 +691,9 @@ def fit(model, guide=rn.AutoRealNVP):
         "the batch": (fit(over_the_batch), "depend on the batch"),
         "data outside the support": (fit(outside), "log_prob at site 'y'"),
         "data outside, Pyro's guide": (fit(outside, AutoNormal), "log_prob at site 'y'"),
+        "detached": (fit(detached), "latent 'b'.*detaches the latent"),
+        "other entries": (other_entries, "other entries of them are missing"),
+        "all masked": (fit(poutine.mask(dynamic, mask=False)), "no latent variables that the density counts"),
         "symmetric": (fit(wishart), "'w' is a symmetric matrix.*Cholesky"),
         "discrete": (fit(lambda: pyro.sample("k", dist.Poisson(2.0))), "'k' is discrete.*config_enumerate"),
         "sphere": (fit(lambda: pyro.sample("s", dist.ProjectedNormal(torch.ones(3)))), "'s' has the support.*draw"),
@@ -545,7 +720,7 @@ def test_pieces_that_fit_the_memory_give_the_same_numbers():
     assert max(reports) - min(reports) < 1e-3 and max(losses) - min(losses) < 1e-3
     density = LogDensity(model)
     points = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    density.check(points.detach()[:2])
+    check(density, points.detach()[:2])
     (whole,) = torch.autograd.grad(density(points).sum(), points)
     density.memory = 3 * density.bytes_per_draw
     (pieces,) = torch.autograd.grad(density(points).sum(), points)
@@ -577,6 +752,39 @@ def test_subsampled_rows():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [3, 4, 6, 7])
+def test_passes_see_all_rows(size):
+    y = torch.arange(10.0)
+
+    def model():
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 10, subsample_size=size) as rows:
+            pyro.sample("y", dist.Normal(m, 2.0), obs=y[rows])
+        with pyro.plate("others", 7, subsample_size=2) as rows:
+            pyro.sample("z", dist.Normal(m, 3.0), obs=y[rows])
+
+    density, m = LogDensity(model), torch.tensor([[0.5]])
+    exact = dist.Normal(0.0, 1.0).log_prob(m) + dist.Normal(m, 2.0).log_prob(y).sum()
+    exact = exact + dist.Normal(m, 3.0).log_prob(y[:7]).sum()
+    passes = density.passes(most=None)
+    assert sum(weight for weight, _ in passes) == pytest.approx(1.0)
+    assert density.mean_over(m, passes).item() == pytest.approx(exact.item(), rel=1e-5)
+    assert len(density.passes(most=2)) == 2
+
+
+def test_passes_see_all_cells_of_crossed_plates():
+    y = torch.arange(30.0).reshape(5, 6) / 10
+
+    def model():
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("a", 5, subsample_size=2, dim=-2) as a, pyro.plate("b", 6, subsample_size=3, dim=-1) as b:
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y[a][:, b])
+
+    density, m = LogDensity(model), torch.tensor([[0.5]])
+    exact = dist.Normal(0.0, 1.0).log_prob(m) + dist.Normal(m, 1.0).log_prob(y).sum()
+    assert density.mean_over(m, density.passes(most=None)).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
 def test_double_precision_data_and_single_precision_priors():
     y = 3 + torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
 

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a model before anything is computed with it: is its log-density finite, and the same alone and mapped?"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .density import LogDensity
+from .mapping import Point, bytes_per_draw, each, reason, warn_that_it_is_slow
+from .sites import unpack
+
+_TOLERANCE = 1e-3
+_STEP = 1e-4
+_MOST_SITES = 50  # whose gradients are checked
+
+
+@torch.no_grad()
+def check_finite(density: LogDensity) -> None:
+    """Raises an error where the log-density is not finite at the values at which the model was looked at."""
+    density.trace.compute_log_prob()  # Where Pyro validates, data outside of a support are Pyro's own error.
+    bad = {
+        name: site["log_prob_sum"].item()
+        for name, site in density.trace.nodes.items()
+        if site["type"] == "sample" and not site["log_prob_sum"].isfinite()
+    }
+    if bad:
+        raise ValueError(
+            f"the log-density at the start is not finite at the sites {bad}: pass init_loc_fn=, e.g. "
+            "pyro.infer.autoguide.init_to_value(values={...}) with values at which it is, or check the data"
+        )
+
+
+def check(density: LogDensity, points: Point) -> None:
+    """Evaluates two draws alone and mapped, with two seeds, and decides whether and how many draws are mapped.
+
+    Raises:
+        ValueError: the numbers of a draw depend on the other draws, or on random numbers that no guide draws.
+
+    Warns:
+        RuntimeWarning: the model cannot be mapped.
+    """
+    rows = density.rows()
+    first, second = (_seeded(lambda: torch.stack([density.one(p, rows) for p in each(points)]), k) for k in (0, 1))
+    _compare(
+        first,
+        second,
+        "two evaluations of the model at the same latents gave {0} and {1}: it draws random numbers that the guide "
+        "does not draw, from torch, from dropout, or at a site hidden by poutine.block. Sum over discrete latents "
+        "with pyro.infer.config_enumerate (without hiding them), and make what is random a site",
+    )
+    if isinstance(points, Tensor):
+        _check_gradient(density, points[0], rows)
+    try:
+        mapped = _try_to_map(density, points, rows)
+    except Exception as error:  # whatever a model may raise
+        density.is_mapped = False
+        warn_that_it_is_slow(f"the model cannot be mapped over draws ({reason(error)})")
+        return
+    _compare(
+        first,
+        mapped,
+        "the model gives a draw the log-density {0} alone and {1} together with others: its numbers depend on the "
+        "batch. Let it compute each draw by itself, without state that changes from call to call",
+    )
+    density.bytes_per_draw = bytes_per_draw(lambda points: density.mapped(points, rows), points)
+
+
+def _try_to_map(density: LogDensity, points: Point, rows: dict[str, Tensor]) -> Tensor:
+    """The log-density of mapped draws. Finds out whether the model writes into tensors that it creates."""
+    try:
+        return _seeded(lambda: density.mapped(points, rows), 0)
+    except Exception as error:  # whatever a model may raise
+        density.own_tensors = True
+        try:
+            return _seeded(lambda: density.mapped(points, rows), 0)
+        except Exception:
+            density.own_tensors = False
+            raise error from None
+
+
+def _check_gradient(density: LogDensity, point: Tensor, rows: dict[str, Tensor]) -> None:
+    """Raises an error if the gradient is not that of the values, since the model detaches a latent.
+
+    Single precision is too coarse for the comparison.
+    """
+    if point.dtype != torch.float64:
+        return
+    point = point.detach().requires_grad_()
+    with torch.enable_grad():
+        log_p = density.one(point, rows)
+    gradient = torch.zeros_like(point)
+    if log_p.requires_grad:
+        (gradient,) = torch.autograd.grad(log_p, point, materialize_grads=True)
+    point, rounding = point.detach(), _TOLERANCE * _STEP * (1 + log_p.detach().abs())
+    for name, entries in list(unpack(torch.arange(len(point)), density.sites).items())[:_MOST_SITES]:
+        step = torch.zeros_like(point)
+        step[entries] = _STEP * torch.randn_like(step[entries])
+        with torch.no_grad():
+            change = density.one(point + step, rows) - density.one(point - step, rows)
+        slope = 2 * (gradient * step).sum()
+        if change.isfinite() and (change - slope).abs() > 0.2 * torch.maximum(change.abs(), slope.abs()) + rounding:
+            raise ValueError(
+                f"the log-density changes by {change.item():.3g} over a small step in the latent {name!r}, where its "
+                f"gradient says {slope.item():.3g}: the model detaches the latent, by torch.tensor(...), .item(), "
+                ".detach() or numpy. Use torch.stack and operations of torch"
+            )
+
+
+@torch.no_grad()
+def _seeded(evaluate: Callable[[], Tensor], seed: int) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return evaluate()
+
+
+def _compare(a: Tensor, b: Tensor, message: str) -> None:
+    same = torch.isclose(a.double(), b.double(), rtol=_TOLERANCE / 10, atol=_TOLERANCE, equal_nan=True)
+    if not same.all():
+        k = int((~same).nonzero()[0])
+        raise ValueError(message.format(f"{a[k].item():.6g}", f"{b[k].item():.6g}"))

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guide of all latents of a model needs beside its distribution: their coordinates."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from torch import Tensor
+
+from ..bijections.bijection import Bijection
+from ..bijections.compose import Compose
+from ..distributions import FlowDistribution
+from .agreement import check_finite
+from .base import GuideBase, quantiles_of
+from .coordinates import FromRelative
+from .density import LogDensity
+from .mapping import map_each
+from .relative import Relative
+from .sites import Site, find_sites, is_latent, unconstraining, unpack, with_fallback
+
+
+class AllLatents(GuideBase, AutoContinuous):
+    """A guide whose submodule ``transform`` takes draws of :meth:`get_base_dist` to all latents of a model.
+
+    The result is in coordinates that may be relative to priors. This class finds them, and takes draws from them to the
+    values of the sites.
+
+    Args:
+        model: the model.
+        init_loc_fn: the function that gives each site its starting value.
+    """
+
+    draws_all_at_once = True
+
+    def __init__(self, model: Callable, *, init_loc_fn: Callable):
+        super().__init__(model, init_loc_fn=with_fallback(init_loc_fn))
+        self._arguments: tuple[tuple, dict] | None = None
+
+    def build(self, *args, **kwargs) -> "AllLatents":
+        """Looks at the model and makes the parameters. Returns the guide itself.
+
+        A later call leaves the parameters as they are. It sets the arguments with which :meth:`sample` runs the model,
+        if the supports or the priors depend on them.
+
+        Args:
+            args, kwargs: the model's arguments.
+        """
+        is_new = self.prototype_trace is None
+        super().build(*args, **kwargs)
+        if is_new and self.master is None:
+            with poutine.block():
+                self._create_plates(*args, **kwargs)  # NeuTraReparam reads them
+        self._arguments = args, kwargs
+        return self
+
+    def _setup_prototype(self, *args, **kwargs):
+        with poutine.block(), torch.random.fork_rng():
+            nodes = poutine.trace(self.model).get_trace(*args, **kwargs).nodes
+        find_sites({name: site for name, site in nodes.items() if is_latent(site)})  # says what cannot be a latent
+        super()._setup_prototype(*args, **kwargs)
+
+    def look(self, args: tuple, kwargs: dict) -> LogDensity:
+        """Finds the latent sites, and returns the log-density of the model.
+
+        Raises:
+            ValueError: a latent is under a subsampled plate, or the log-density at the prototype is not finite.
+            RuntimeError: there are no latents.
+        """
+        for name, frames in self._cond_indep_stacks.items():
+            for frame in frames:
+                if frame.full_size is not None and frame.full_size != frame.size:
+                    raise ValueError(
+                        f"latent site {name!r} lies under the plate {frame.name!r}, of which {frame.size} of "
+                        f"{frame.full_size} rows are drawn: its values would be shared between rows. Use "
+                        "AmortizedRealNVP for it, or make the plate without subsampling"
+                    )
+        density = LogDensity(self.plain_model, args, kwargs, values=self._prototype_values())
+        check_finite(density)
+        if not density.dim:
+            raise RuntimeError("found no latent variables that the density counts: use an empty guide instead")
+        self.sites, self.latent_dim = density.sites, density.dim
+        # A part of a list of guides cannot see what the other parts draw.
+        self._has_dynamic_supports = self.master is None and self._find_dynamic_supports(density)
+        return density
+
+    def keep_coordinates(self, density: LogDensity) -> None:
+        """Takes over the coordinates of a log-density, and how it is evaluated."""
+        self._is_mapped, self._own_tensors = density.is_mapped, density.own_tensors
+        self._relative_names = list(density.relative)
+        like = self._init_loc()
+        for name in ("precision", "shift"):
+            pieces = [getattr(relative, name).reshape(-1) for relative in density.relative.values()]
+            self.register_buffer(f"relative_{name}", torch.cat([like.new_zeros(0), *pieces]).to(like))
+
+    @property
+    def relative(self) -> dict[str, Relative]:
+        """The latents whose coordinates are relative to their priors."""
+        shapes = [self.sites[name].shape for name in self._relative_names]
+        pieces = [
+            flat.split([shape.numel() for shape in shapes])
+            for flat in (self._buffers["relative_precision"], self._buffers["relative_shift"])
+        ]
+        tensors = [[part.reshape(shape) for part, shape in zip(parts, shapes)] for parts in pieces]
+        return {name: Relative(*pair) for name, pair in zip(self._relative_names, zip(*tensors))}
+
+    def _density(self, arguments: tuple[tuple, dict] | None = None) -> LogDensity:
+        """The log-density of the model in the guide's coordinates, with these arguments or those of :meth:`build`."""
+        arguments = arguments or self._arguments
+        if arguments is None:
+            raise RuntimeError("the coordinates of this guide depend on its model: call guide.build(*args)")
+        args, kwargs = arguments
+        # What is no latent of the guide may be drawn here, such as the data in a prediction.
+        density = LogDensity(self.plain_model, args, kwargs, values=self._prototype_values(), latents=list(self.sites))
+        self.set_coordinates(density)
+        density.is_mapped, density.own_tensors = self._is_mapped, self._own_tensors
+        return density
+
+    def _prototype_values(self) -> dict[str, Tensor]:
+        return {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
+
+    def set_coordinates(self, density: LogDensity) -> None:
+        """Gives the log-density of a model the coordinates of this guide.
+
+        Raises:
+            ValueError: the model has other latents.
+        """
+        own, others = ({name: _describe(site) for name, site in s.items()} for s in (self.sites, density.sites))
+        if own != others:
+            raise ValueError(
+                f"the guide has the latents {_sizes(self.sites)}, and the model with these arguments "
+                f"{_sizes(density.sites)}, or other entries of them are missing: make the guide (again) with this "
+                "model and these arguments"
+            )
+        if self.master is None and not self._has_dynamic_supports:
+            # The supports may depend on the arguments, too.
+            self._has_dynamic_supports = self._find_dynamic_supports(density)
+        density.relative = self.relative
+
+    def _init_loc(self) -> Tensor:
+        nodes = self.prototype_trace.nodes
+        return torch.cat(
+            [
+                site.pack(unconstraining(name, nodes[name]["fn"]).inv(nodes[name]["value"].detach()))
+                for name, site in self.sites.items()
+            ]
+        )
+
+    @torch.no_grad()
+    def _find_dynamic_supports(self, density: LogDensity) -> bool:
+        """Whether supports depend on latents or arguments: those of the prototype then give other values at a point."""
+        point = self._init_loc() + 0.5
+        values, _ = self._constrain_by_prototype(point)
+        own = density.run(point, relative={})[1].values
+        return any(not torch.allclose(values[name], own[name].to(values[name]), equal_nan=True) for name in own)
+
+    def get_transform(self, *args, **kwargs) -> Bijection:
+        """The bijection from the base to unconstrained coordinates.
+
+        Args:
+            args, kwargs: the model's arguments; by default those of :meth:`build`. Only the coordinates of
+                :attr:`relative` depend on them.
+        """
+        transform = self.own("transform")
+        if not self._relative_names:
+            return transform
+        return Compose([transform, FromRelative(self._density((args, kwargs) if args or kwargs else None))])
+
+    def get_posterior(self, *args, **kwargs) -> FlowDistribution:
+        """The guide's distribution of all latents, in unconstrained coordinates; see :meth:`get_transform`."""
+        return FlowDistribution(self.get_base_dist(), [self.get_transform(*args, **kwargs)])
+
+    def forward(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Draws all latent sites.
+
+        Args:
+            args, kwargs: the model's arguments.
+
+        Returns:
+            The value of each site.
+        """
+        if self.prototype_trace is None:
+            self.build(*args, **kwargs)
+        if self._arguments is None:  # after unpickling
+            self._arguments = args, kwargs
+        if self.master is None and not (self._has_dynamic_supports or _are_same(self._arguments, (args, kwargs))):
+            self._density((args, kwargs))  # checks that the guide fits these arguments
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        values, ladjs = self._constrain(latent, args, kwargs)
+        draws = {}
+        for name, value in values.items():
+            event_dim = self.prototype_trace.nodes[name]["fn"].event_dim
+            value, ladj = (_beside_plates(t, latent.shape[:-1], n) for t, n in ((value, event_dim), (ladjs[name], 0)))
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[name]:
+                    stack.enter_context(plates[frame.name])
+                draws[name] = pyro.sample(name, dist.Delta(value, log_density=-ladj, event_dim=event_dim))
+        return draws
+
+    def _constrain(self, points: Tensor, args: tuple, kwargs: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The values of each site, and log|det| of each element of its batch, at points ``(..., D)``."""
+        if not self._has_dynamic_supports:
+            return self._constrain_by_prototype(points)
+        density = self._density((args, kwargs))
+        density.relative = {}
+        results = density.constrain(points.reshape(-1, self.latent_dim))
+        return map_each(results, lambda value: value.reshape(points.shape[:-1] + value.shape[1:]))
+
+    def _constrain_by_prototype(self, points: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        values, ladjs = {}, {}
+        for name, part in unpack(points, self.sites).items():
+            fn = self.prototype_trace.nodes[name]["fn"]
+            site = self.sites[name]
+            values[name], ladjs[name] = site.constrain(name, fn, site.unpack(part))
+        return values, ladjs
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict, Tensor]]:
+        """The prototype of each site and its unconstrained values, which NeuTraReparam reads."""
+        if self._has_dynamic_supports and latent.dim() > 1:
+            raise ValueError(
+                "the supports of this model depend on its latents, so each draw has others: take the values of the "
+                "sites from pyro_realnvp.neutra, or from the model itself"
+            )
+        for name, part in unpack(latent, self.sites).items():
+            site = self.prototype_trace.nodes[name]
+            value = self.sites[name].unpack(part)
+            event_dim = site["fn"].event_dim + len(self.sites[name].shape) - site["value"].dim()
+            yield site, _beside_plates(value, latent.shape[:-1], event_dim)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int) -> dict[str, Tensor]:
+        """Draws of each site from the guide, ``(num_samples,) + site shape``."""
+        points = FlowDistribution(self.get_base_dist(), [self.own("transform")]).sample((num_samples,))
+        if self._has_dynamic_supports or self._relative_names:
+            return self._density().constrain(points)[0]
+        return self._constrain_by_prototype(points)[0]
+
+    def median(self, *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
+        """The median of each latent, estimated from draws."""
+        return {name: values[0] for name, values in self.quantiles([0.5], num_samples=num_samples).items()}
+
+    def quantiles(self, quantiles: Sequence[float], *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
+        """Quantiles of each latent, ``(len(quantiles),) + site shape``, estimated from draws."""
+        return quantiles_of(self.sample(num_samples), quantiles)
+
+
+def _are_same(arguments: tuple[tuple, dict] | None, others: tuple[tuple, dict]) -> bool:
+    """Whether two calls have the same objects as arguments."""
+    if arguments is None or arguments[1].keys() != others[1].keys() or len(arguments[0]) != len(others[0]):
+        return False
+    pairs = [*zip(arguments[0], others[0]), *((arguments[1][name], value) for name, value in others[1].items())]
+    return all(one is other for one, other in pairs)
+
+
+def _describe(site: Site) -> tuple:
+    return site.shape, None if site.entries is None else site.entries.tolist()
+
+
+def _sizes(sites: dict[str, Site]) -> dict[str, int]:
+    return {name: site.size for name, site in sites.items()}
+
+
+def _beside_plates(values: Tensor, batch_shape: torch.Size, event_dim: int) -> Tensor:
+    """Values ``batch_shape + site shape`` as Pyro has them, where axes of the batch may be the axes of the plates."""
+    shape = values.shape[len(batch_shape) :]
+    return values.reshape(torch.broadcast_shapes(shape, batch_shape + (1,) * event_dim))

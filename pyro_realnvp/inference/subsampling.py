@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of plates that draw subsamples, so that several evaluations of a model see all rows."""
+
+import math
+
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Distribution
+
+MOST_PASSES = 1000
+"""How often, at most, a model with subsampled plates is evaluated to see all rows, unless its numbers must be exact."""
+_ROUNDING = 1e-9
+
+Pass = tuple[float, dict[str, Tensor]]
+"""The weight of an evaluation, and the rows of each subsampled plate in it."""
+
+
+def draws_rows(site: dict) -> bool:
+    """Whether a site is the subsample of a plate that has more rows."""
+    return site_is_subsample(site) and site["fn"].subsample_size not in (None, site["fn"].size)
+
+
+def crossed(plates: dict[str, Distribution], trace: Trace) -> list[list[str]]:
+    """The subsampled plates in groups: two of them are in one group if some site is under both."""
+    groups = [{name} for name in plates]
+    for site in trace.nodes.values():
+        if site["type"] == "sample":
+            together = {frame.name for frame in site["cond_indep_stack"]} & plates.keys()
+            touched = [group for group in groups if group & together]
+            if len(touched) > 1:
+                groups = [group for group in groups if group not in touched] + [set().union(*touched)]
+    return [sorted(group) for group in groups]
+
+
+def passes_of(plates: dict[str, Distribution], groups: list[list[str]], most: int | None) -> list[Pass]:
+    """Passes whose weighted sum sees each row of each plate once, or as many rows as `most` passes can.
+
+    Args:
+        plates: the distributions of the plates' rows.
+        groups: the plates, those in one group under which a site stands together.
+        most: the largest number of passes; None for as many as it takes.
+    """
+    passes: list[Pass] = [(1.0, {})]
+    for names in groups:
+        product: list[Pass] = [(1.0, {})]
+        for name in names:
+            own = _blocks(plates[name], most)
+            product = [(v * w, rows | {name: block}) for v, rows in product for w, block in own]
+        passes = _joined(passes, product)
+    if most is not None and len(passes) > most:
+        chosen = [passes[k] for k in torch.randperm(len(passes))[:most].tolist()]
+        total = sum(weight for weight, _ in chosen)
+        passes = [(weight / total, rows) for weight, rows in chosen]
+    return passes
+
+
+def _blocks(plate: Distribution, most: int | None) -> list[tuple[float, Tensor]]:
+    """Blocks of a plate's rows, with weights with which their sum sees each row once.
+
+    The last rows, fewer than a block, are repeated in several blocks, in each of them another part of them twice.
+    """
+    size, block = plate.size, plate.subsample_size
+    order, whole = torch.randperm(size), size // block
+    blocks = [(block / size, rows) for rows in order[: whole * block].split(block)]
+    rest = order[whole * block :]
+    if len(rest):
+        windows = len(rest) // math.gcd(len(rest), block)
+        windows = windows if most is None else min(windows, most)
+        starts = [k * block % len(rest) for k in range(windows)]
+        cyclic = [rest[(torch.arange(block) + start) % len(rest)] for start in starts]
+        blocks += [(len(rest) / size / windows, rows) for rows in cyclic]
+    return [(weight, rows.to(plate().device)) for weight, rows in blocks]
+
+
+def _joined(first: list[Pass], second: list[Pass]) -> list[Pass]:
+    """Both lists side by side, such that the passes of each keep their weights. (They concern different terms.)"""
+    joined, (i, j) = [], (0, 0)
+    left, right = first[0][0], second[0][0]
+    while i < len(first) and j < len(second):
+        weight = min(left, right)
+        joined.append((weight, first[i][1] | second[j][1]))
+        left, right = left - weight, right - weight
+        if left <= _ROUNDING:
+            i += 1
+            left = first[i][0] if i < len(first) else 0.0
+        if right <= _ROUNDING:
+            j += 1
+            right = second[j][0] if j < len(second) else 0.0
+    return joined
