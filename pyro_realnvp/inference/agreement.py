@@ -11,7 +11,8 @@ from .mapping import Point, bytes_per_draw, each, reason, warn_that_it_is_slow
 from .sites import unpack
 
 _TOLERANCE = 1e-3
-_STEP = 1e-4
+_STEPS = (1e-2, 1e-3)
+_ROUNDING = 2e-5  # of single precision, in which models compute even if the latents are in double precision
 _MOST_SITES = 50  # whose gradients are checked
 
 
@@ -82,7 +83,7 @@ def _try_to_map(density: LogDensity, points: Point, rows: dict[str, Tensor]) -> 
 def _check_gradient(density: LogDensity, point: Tensor, rows: dict[str, Tensor]) -> None:
     """Raises an error if the gradient is not that of the values, since the model detaches a latent.
 
-    Single precision is too coarse for the comparison.
+    Two steps must show it: a long one may be too long for a steep log-density, and a short one may be lost in rounding.
     """
     if point.dtype != torch.float64:
         return
@@ -92,18 +93,23 @@ def _check_gradient(density: LogDensity, point: Tensor, rows: dict[str, Tensor])
     gradient = torch.zeros_like(point)
     if log_p.requires_grad:
         (gradient,) = torch.autograd.grad(log_p, point, materialize_grads=True)
-    point, rounding = point.detach(), _TOLERANCE * _STEP * (1 + log_p.detach().abs())
-    for name, entries in list(unpack(torch.arange(len(point)), density.sites).items())[:_MOST_SITES]:
-        step = torch.zeros_like(point)
-        step[entries] = _STEP * torch.randn_like(step[entries])
-        with torch.no_grad():
-            change = density.one(point + step, rows) - density.one(point - step, rows)
+    point, rounding = point.detach(), _ROUNDING * (1 + log_p.detach().abs())
+
+    @torch.no_grad()
+    def is_wrong(step: Tensor) -> bool:
+        change = density.one(point + step, rows) - density.one(point - step, rows)
         slope = 2 * (gradient * step).sum()
-        if change.isfinite() and (change - slope).abs() > 0.2 * torch.maximum(change.abs(), slope.abs()) + rounding:
+        limit = 0.2 * torch.maximum(change.abs(), slope.abs()) + rounding
+        return bool(change.isfinite() and (change - slope).abs() > limit)
+
+    for name, entries in list(unpack(torch.arange(len(point)), density.sites).items())[:_MOST_SITES]:
+        direction = torch.zeros_like(point)
+        direction[entries] = torch.randn_like(direction[entries])
+        if all(is_wrong(size * direction) for size in _STEPS):
             raise ValueError(
-                f"the log-density changes by {change.item():.3g} over a small step in the latent {name!r}, where its "
-                f"gradient says {slope.item():.3g}: the model detaches the latent, by torch.tensor(...), .item(), "
-                ".detach() or numpy. Use torch.stack and operations of torch"
+                f"the log-density changes with the latent {name!r} in another way than its gradient says: the model "
+                "detaches the latent, by torch.tensor(...), .item(), .detach() or numpy. Use torch.stack and other "
+                "operations of torch"
             )
 
 

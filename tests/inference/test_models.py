@@ -691,7 +691,7 @@ def fit(model, guide=rn.AutoRealNVP):
         "the batch": (fit(over_the_batch), "depend on the batch"),
         "data outside the support": (fit(outside), "log_prob at site 'y'"),
         "data outside, Pyro's guide": (fit(outside, AutoNormal), "log_prob at site 'y'"),
-        "detached": (fit(detached), "latent 'b'.*detaches the latent"),
+        "detached": (fit(detached), "with the latent 'b' in another way.*detaches the latent"),
         "other entries": (other_entries, "other entries of them are missing"),
         "all masked": (fit(poutine.mask(dynamic, mask=False)), "no latent variables that the density counts"),
         "symmetric": (fit(wishart), "'w' is a symmetric matrix.*Cholesky"),
