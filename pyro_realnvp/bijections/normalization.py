@@ -43,8 +43,10 @@ class ActNorm(_Normalization):
     :meth:`initialize`, or in the first pass in the data direction, which is forward, if that pass runs in train mode,
     with gradients, on at least two rows. Other passes (sampling, ``eval`` mode, ``no_grad``) never initialize it.
 
-    The ``state_dict`` holds the flag ``initialized``. The initializing pass branches on values, so initialize before
-    you compile the train mode with ``torch.compile(fullgraph=True)``.
+    Parameters that come from elsewhere (a moving average, ``vector_to_parameters``, ``copy_``) count as initialized,
+    as soon as one of them differs from 0, and are never overwritten. The ``state_dict`` holds the flag ``initialized``.
+    The initializing pass branches on values, so initialize before you compile the train mode with
+    ``torch.compile(fullgraph=True)``.
 
     Args:
         input_dim: the size D of a vector, or the number D of channels of an image.
@@ -70,7 +72,14 @@ class ActNorm(_Normalization):
         super().__init__(input_dim, event_dim)
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
-        self.initialized = False
+        self._initialized = False
+
+    @property
+    def initialized(self) -> bool:
+        """Whether the parameters hold something that a pass must not overwrite."""
+        if not self._initialized:
+            self._initialized = bool(self.loc.any() or self.log_scale.any())
+        return self._initialized
 
     @property
     def needs_data(self) -> bool:
@@ -87,11 +96,11 @@ class ActNorm(_Normalization):
         loc, scale = column_statistics(self._rows(x), self.event_shape[0])
         self.loc.copy_(loc)
         self.log_scale.copy_(torch.where(scale > 0, scale, 1.0).log())
-        self.initialized = True
+        self._initialized = True
         return self
 
     def forward_and_ladj(self, x, context=None):
-        if not self.initialized and self._is_training_batch(x):
+        if self._is_training_batch(x) and not self.initialized:
             self.initialize(x.detach())
         y = (x - self._along(self.loc)) * self._along((-self.log_scale).exp())
         return y, self._expand(-self.log_scale.sum(), x)
@@ -101,12 +110,13 @@ class ActNorm(_Normalization):
         return x, self._expand(self.log_scale.sum(), x)
 
     # The flag is a Python value and not a buffer, since code that branches on a buffer would wait for the GPU at every
-    # step and break a compiled graph. So it needs these two methods to get into the state_dict.
+    # step and break a compiled graph. So it needs these two methods to get into the state_dict. The parameters alone
+    # would not do: they may be exactly 0 after an initialization.
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.initialized)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.initialized = bool(state)
+        self._initialized = bool(state)
 
 
 class BatchNorm(_Normalization):

@@ -18,6 +18,39 @@ def test_actnorm_normalizes_what_initializes_it():
     assert torch.equal(y[:, 1], torch.zeros(2000))  # a constant column is centered, its scale stays
 
 
+def by_vector(source, target):
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(source.parameters()), target.parameters())
+    return target
+
+
+def by_copy(source, target):
+    with torch.no_grad():
+        for p, q in zip(source.parameters(), target.parameters()):
+            q.copy_(p)
+    return target
+
+
+def by_average(source, target):
+    average = torch.optim.swa_utils.AveragedModel(target)
+    average.update_parameters(source)
+    return average.module
+
+
+def by_state(source, target):
+    target.load_state_dict(dict(source.named_parameters()) | {"_extra_state": torch.tensor(False)})
+    return target
+
+
+@pytest.mark.parametrize("bring", [by_vector, by_copy, by_average, by_state])
+def test_parameters_that_come_from_elsewhere_are_never_overwritten(bring):
+    source = rn.ActNorm(2).initialize(torch.randn(50, 2) * 3 + 5)
+    f = bring(source, rn.ActNorm(2))
+    other = torch.randn(20, 2)
+    torch.testing.assert_close(f.train()(other), source(other))
+    assert f.initialized and not f.needs_data
+    torch.testing.assert_close(f.loc, source.loc)
+
+
 def test_batchnorm_converges_to_the_statistics_and_trains_through_them():
     f, x = rn.BatchNorm(2, momentum=0.5), (torch.randn(500, 2) * 3 + 4).requires_grad_()
     for _ in range(30):
