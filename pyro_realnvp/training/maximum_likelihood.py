@@ -2,6 +2,7 @@
 """Fitting flows by maximum likelihood."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from ..bijections.bijection import Bijection
 from . import distributed
 from .batches import prepare
 from .checkpoint import Checkpoint
+from .held_out import EXTREME, HeldOutLoss
 from .history import Callback, History
 from .loop import Training
 from .objective import Objective, log_likelihood
@@ -174,14 +176,39 @@ def fit(
             _initialize(flow, batch)
         return objective(*batch)
 
+    validate = None if held_out is None else HeldOutLoss(flow, held_out)
     with _tensor_float(tf32):
-        return training.run(
+        history = training.run(
             loss,
-            None if held_out is None else lambda: _mean_loss(flow, held_out),
+            validate,
             progress=progress,
             remedy="lower lr, or rescale x",
+            # The start of a flow that data will initialize says nothing.
+            validate_start=held_out is not None and not any(bijection.needs_data for bijection in bijections),
             callbacks=callbacks,
             checkpoint=file,
+        )
+    if distributed.rank() == 0:
+        _warn_of_the_end(history, validate)
+    return history
+
+
+def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
+    """Says why the best weights may not be what the user expects."""
+    if validate is not None and validate.extreme:
+        warnings.warn(
+            f"the held-out rows {validate.extreme} are far from all others (their losses are not finite, or more than "
+            f"{EXTREME} interquartile ranges above the median), so they count no more than a row at that limit: look at "
+            "them, they may be fill values or outliers",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    if history.best_step == 0 and history.loss:
+        warnings.warn(
+            f"no step has improved the held-out loss of the start, {history.best_loss:.4g}, so the flow keeps the "
+            "weights it came with: take more steps, a lower lr, or look at the data",
+            RuntimeWarning,
+            stacklevel=3,
         )
 
 
@@ -196,17 +223,6 @@ def _initialize(flow: nn.Module, batch: Batch) -> None:
     # No backward pass follows, so nothing is kept for it. Under no_grad the layers would not initialize.
     with saved_tensors_hooks(lambda _: None, lambda _: None):
         log_likelihood(flow, batch)
-
-
-@torch.no_grad()
-def _mean_loss(flow: nn.Module, batches: Iterable[Batch]) -> float:
-    """The weighted mean negative log-likelihood of the held-out rows, over all processes."""
-    total = torch.zeros(2, dtype=torch.float64, device=next(flow.parameters()).device)
-    for batch in batches:
-        weights = torch.ones(len(batch.x)).to(total) if batch.weights is None else batch.weights
-        total += torch.stack([-(weights * log_likelihood(flow, batch)).sum(), weights.sum()])
-    loss, weight = distributed.total(total)
-    return float(loss / weight)
 
 
 @contextmanager
