@@ -10,7 +10,7 @@ from . import distributed
 from .objective import log_likelihood
 
 EXTREME = 50
-"""The distance above the median, in interquartile ranges, beyond which the loss of a row counts no further."""
+"""The distance above the median, in interquartile ranges, beyond which the loss of a row does not count."""
 _MOST_EXTREME_ROWS = 0.05
 _MOST_SORTED = 2**24  # more rows, torch.quantile refuses
 
@@ -18,9 +18,9 @@ _MOST_SORTED = 2**24  # more rows, torch.quantile refuses
 class HeldOutLoss:
     """The weighted mean negative log-likelihood of the held-out rows, over all processes, at each call.
 
-    A single fill value would make the mean infinite for any weights of the flow, and no weights could be chosen. The
-    losses of such rows are therefore lowered to a limit far above those of the other rows, and :attr:`extreme` names the
-    rows. If more than a few rows are so extreme, it is the flow that is wrong, and the mean stays as it is.
+    A single fill value would make the mean infinite for any weights of the flow, and no weights could be chosen. Such
+    rows are therefore left out, and :attr:`extreme` names them. If more than a few rows are so extreme, it is the flow
+    that is wrong, and all rows count.
 
     Args:
         flow: the flow that is trained.
@@ -39,18 +39,17 @@ class HeldOutLoss:
             losses.append(-log_likelihood(self.flow, batch).double())
             weights.append(torch.ones_like(losses[-1]) if batch.weights is None else batch.weights.to(losses[-1]))
         losses, weights = torch.cat(losses), torch.cat(weights)
-        self.extreme, losses = self._limited(losses)
+        is_extreme = self._find_extreme(losses)
+        self.extreme = is_extreme.nonzero().flatten().tolist()
+        losses, weights = losses[~is_extreme], weights[~is_extreme]
         loss, weight = distributed.total(torch.stack([(weights * losses).sum(), weights.sum()]))
         return float(loss / weight)
 
-    def _limited(self, losses: Tensor) -> tuple[list[int], Tensor]:
+    def _find_extreme(self, losses: Tensor) -> Tensor:
         finite = losses[losses.isfinite()]
         if not len(finite):
-            return [], losses
+            return torch.zeros_like(losses, dtype=torch.bool)
         low, median, high = finite[:_MOST_SORTED].quantile(torch.tensor([0.25, 0.5, 0.75]).to(finite))
-        limit = median + EXTREME * (high - low)
-        # A row of infinite density is not limited, since it is the flow that is wrong then.
-        is_extreme = ~(losses <= limit) & (high > low)
-        if not 0 < is_extreme.sum() <= max(1, _MOST_EXTREME_ROWS * len(losses)):
-            return [], losses
-        return is_extreme.nonzero().flatten().tolist(), torch.where(is_extreme, limit, losses)
+        # A row of infinite density is not extreme, since it is the flow that is wrong then.
+        is_extreme = ~(losses <= median + EXTREME * (high - low)) & (high > low)
+        return is_extreme & (is_extreme.sum() <= max(1, _MOST_EXTREME_ROWS * len(losses)))

@@ -198,12 +198,12 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
     if validate is not None and validate.extreme:
         warnings.warn(
             f"the held-out rows {validate.extreme} are far from all others (their losses are not finite, or more than "
-            f"{EXTREME} interquartile ranges above the median), so they count no more than a row at that limit: look at "
-            "them, they may be fill values or outliers",
+            f"{EXTREME} interquartile ranges above the median), so they did not count in the choice of the best "
+            "weights: look at them, they may be fill values or outliers",
             RuntimeWarning,
             stacklevel=3,
         )
-    if history.best_step == 0 and history.loss:
+    if history.best_step == 0 and history.stopped in ("finished", "early"):
         warnings.warn(
             f"no step has improved the held-out loss of the start, {history.best_loss:.4g}, so the flow keeps the "
             "weights it came with: take more steps, a lower lr, or look at the data",

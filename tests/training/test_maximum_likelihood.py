@@ -11,6 +11,8 @@ from helpers import parameters, table
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_realnvp as rn
+from pyro_realnvp.training.held_out import HeldOutLoss
+from pyro_realnvp.training.rows import Batch
 
 make_flow = partial(helpers.make_flow, hidden_dims=(16,))
 run = partial(helpers.fit, num_steps=60, validate_every=20)
@@ -26,25 +28,55 @@ def test_learns_and_keeps_the_best(x):
     history = run(flow, x, num_steps=200)
     assert history.stopped == "finished"
     assert len(history.loss) == 200
-    assert history.validation_steps == list(range(20, 201, 20))
+    assert history.validation_steps == list(range(0, 201, 20))
     assert history.best_loss == min(history.validation_loss) < 1.8  # a perfect fit scores 1.45
     assert history.validation_steps[history.validation_loss.index(history.best_loss)] == history.best_step
     assert history.skipped_steps == history.restores == 0
 
 
 def test_the_weights_that_stay_are_the_best_seen(x):
-    """The training moves away from the validation data, so the first validation is the best one."""
+    """The training moves away from the validation data, so the start is the best."""
     flow, elsewhere = make_flow(), -x
-    history = run(flow, x, validation=elsewhere, averaging=0.0)
-    assert history.best_step == 20
+    with pytest.warns(RuntimeWarning, match="no step has improved the held-out loss of the start"):
+        history = run(flow, x, validation=elsewhere, averaging=0.0)
+    assert history.best_step == 0
     with torch.no_grad():
         assert -flow().log_prob(elsewhere).mean().item() == pytest.approx(history.best_loss, abs=1e-5)
 
 
+def test_a_trained_flow_never_gets_worse(x):
+    flow = make_flow()
+    run(flow, x, num_steps=300, seed=0)
+    before = flow().log_prob(x).mean().item()
+    with pytest.warns(RuntimeWarning, match="keeps the weights it came with"):
+        history = run(flow, x, num_steps=10, lr=0.1, seed=0)
+    assert history.best_step == 0 and flow().log_prob(x).mean().item() == pytest.approx(before, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [1e20, 1e4])
+def test_a_single_extreme_row_does_not_choose_the_weights(x, value):
+    held_out = x[:100].clone()
+    held_out[3, 1] = value
+    flow = make_flow()
+    with pytest.warns(RuntimeWarning, match=r"the held-out rows \[3\] are far from all others"):
+        history = run(flow, x[100:], validation=held_out, num_steps=200)
+    assert history.best_step > 100 and -flow().log_prob(x).mean() < 1.7
+
+
+def test_many_extreme_rows_are_the_fault_of_the_flow(x):
+    held_out = x[:100].clone()
+    held_out[:30] += 1e4
+    flow = make_flow()
+    validate = HeldOutLoss(flow, [Batch(held_out, None)])
+    assert validate() == pytest.approx(-flow().log_prob(held_out).double().mean().item(), rel=1e-6)
+    assert validate.extreme == []
+
+
+@pytest.mark.filterwarnings("ignore:no step has improved")
 def test_stops_early(x):
     history = run(make_flow(), x, validation=-x, patience=20, num_steps=500)
     assert history.stopped == "early"
-    assert len(history.loss) == 40
+    assert len(history.loss) == 20
     assert len(run(make_flow(), x, validation=-x, patience=None).loss) == 60
 
 
@@ -62,6 +94,7 @@ def test_is_reproducible(x):
     assert not torch.equal(once(3)[0], once(4)[0])
 
 
+@pytest.mark.filterwarnings("ignore:no step has improved")
 def test_goes_on_from_where_it_is(x):
     flow = make_flow()
     run(flow, x, num_steps=200)
@@ -127,10 +160,10 @@ def test_callbacks_are_called_after_each_step_and_one_may_stop(x):
 
     history = run(make_flow(), x, callbacks=[look, lambda history: len(history.loss) == 30, lambda history: "no"])
     assert [step for step, *_ in seen] == list(range(1, 31))
-    assert [validations for _, validations, _ in seen] == [0] * 19 + [1] * 11
+    assert [validations for _, validations, _ in seen] == [1] * 19 + [2] * 11
     assert all(early < late for (*_, early), (*_, late) in zip(seen, seen[1:]))
     assert history.stopped == "callback"
-    assert history.validation_steps == [20, 30]
+    assert history.validation_steps == [0, 20, 30]
 
 
 def test_an_error_in_a_callback_is_raised_and_loses_nothing(x):
@@ -144,6 +177,7 @@ def test_an_error_in_a_callback_is_raised_and_loses_nothing(x):
     assert -flow().log_prob(x).mean() < 2.6
 
 
+@pytest.mark.filterwarnings("ignore:no step has improved")
 def test_augment_changes_what_is_trained_on_and_nothing_else(x):
     calls = []
 
@@ -236,7 +270,7 @@ def test_an_interrupt_loses_nothing(x, error):
     if isinstance(error, KeyboardInterrupt):
         history = run(flow, x)
         assert history.stopped == "interrupted"
-        assert history.validation_steps == [20, 40, 52]  # what came after the last validation is validated too
+        assert history.validation_steps == [0, 20, 40, 51]  # what came after the last validation is validated too
     else:
         with pytest.raises(MemoryError):
             run(flow, x)
