@@ -59,6 +59,17 @@ class Bijection(TransformModule):
     """Whether the next training pass in the data direction initializes the bijection from its batch. If so,
     :func:`fit` evaluates the first batch once in eager mode before it compiles or takes a step."""
 
+    @property
+    def sign(self) -> int | Tensor:
+        """Whether an increasing (1) or a decreasing (-1) function maps each entry, from which torch gets a ``cdf``.
+
+        Only a bijection of entries has a sign. A subclass of that kind sets the attribute.
+
+        Raises:
+            AttributeError: the bijection maps several entries together, or does not declare its sign.
+        """
+        raise AttributeError(f"{type(self).__name__} declares no sign: it is no monotone function of single entries")
+
     def __init__(self, event_shape: Sequence[int | None], *, context_dim: int = 0):
         super().__init__()
         self.event_shape = tuple(event_shape)
@@ -192,6 +203,7 @@ class Inverse(Bijection):
         self.domain, self.codomain = bijection.codomain, bijection.domain
 
     inv = property(lambda self: self.bijection)
+    sign = property(lambda self: self.bijection.sign)
 
     def forward_and_ladj(self, x, context=None):
         return self.bijection.inverse_and_ladj(x, context)
@@ -236,6 +248,8 @@ class Conditioned(Bijection):
         self.domain, self.codomain = bijection.domain, bijection.codomain
         # The context moves with the module, but it is data and does not belong in a state_dict.
         self.register_buffer("context", context, persistent=False)
+
+    sign = property(lambda self: self.bijection.sign)
 
     def forward_and_ladj(self, x, context=None):
         return self.bijection.forward_and_ladj(x, self.context)

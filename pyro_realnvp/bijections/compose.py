@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The composition of bijections, including the transforms of Pyro and torch."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import pyro.distributions.transforms as T
@@ -69,6 +70,10 @@ class Compose(Bijection):
             self._extra_dims.append(event_dim - part.domain.event_dim)
             event_dim += part.codomain.event_dim - part.domain.event_dim
         self._refuse_unchanged_entries()
+
+    @property
+    def sign(self) -> int | Tensor:
+        return math.prod(part.sign for part in self.parts)
 
     def forward_and_ladj(self, x, context=None):
         total = 0.0

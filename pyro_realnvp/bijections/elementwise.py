@@ -33,6 +33,7 @@ class Standardize(Bijection):
     """
 
     elementwise = True
+    sign = 1
 
     def __init__(self, input_dim: int):
         super().__init__((input_dim,))
@@ -91,6 +92,7 @@ class Logit(Bijection):
     """
 
     elementwise = True
+    sign = 1
 
     def __init__(self, alpha: float = 0.05):
         super().__init__(())
@@ -142,6 +144,7 @@ class Unbound(Bijection):
     """
 
     elementwise = True
+    sign = 1
 
     def __init__(self, low: Tensor | Sequence[float], high: Tensor | Sequence[float]):
         low, high = (torch.as_tensor(bound) for bound in (low, high))

@@ -16,6 +16,8 @@ class Foreign(Bijection):
         self.elementwise = not self.event_shape
         self.domain, self.codomain = transform.domain, transform.codomain
 
+    sign = property(lambda self: self.transform.sign)
+
     def forward_and_ladj(self, x, context=None):
         _drop_cache(self.transform)  # The cache may be stale.
         y = self.transform(x)

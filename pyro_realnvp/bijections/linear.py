@@ -101,6 +101,12 @@ class TriangularAffine(Bijection):
         self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
         self.lower = nn.Parameter(torch.zeros(input_dim, input_dim)) if full else None
 
+    @property
+    def sign(self) -> int:
+        if self.elementwise:
+            return 1
+        return super().sign
+
     @torch.no_grad()
     def start_at(self, loc: Tensor, scale_tril: Tensor) -> "TriangularAffine":
         """Sets the starting point and returns the bijection itself.
@@ -234,6 +240,7 @@ class ConditionalAffine(Bijection):
     """
 
     elementwise = True
+    sign = 1
 
     def __init__(self, input_dim: int, context_dim: int):
         super().__init__((input_dim,), context_dim=context_dim)

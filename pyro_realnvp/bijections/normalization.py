@@ -14,6 +14,7 @@ class _Normalization(Bijection):
     """The base class of both layers, with statistics for each entry of a vector or each channel of an image."""
 
     elementwise = True
+    sign = 1
 
     def __init__(self, input_dim: int, event_dim: int):
         super().__init__(channel_events(input_dim, event_dim))

@@ -12,6 +12,8 @@ from torch.distributions import constraints
 from ..bijections.inputs import check_event_shape
 from ..distributions import Flow
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
 
 class Dequantized(dist.TorchDistribution):
     r""":math:`P(x) = \int_{[0, 1)^D} p\big(\tfrac{x + u}{L}\big)\, L^{-D}\, du`: the distribution of images x with
@@ -84,16 +86,25 @@ class Dequantized(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """A lower bound of log P(value) in nats, shaped like the batch. Each call draws new noise."""
         self._check(value)
+        if isinstance(value, Tensor) and value.dtype in _UNSIGNED:
+            value = value.long()  # since torch has no arithmetic of these types
         u, log_q = self._noise(value)
-        bound = self.distribution.log_prob((value + u) / self.levels) - log_q
+        bound = self.distribution.log_prob(self._real(value, u)) - log_q
         return bound.logsumexp(0) - math.log(self.num_samples) - self.event_shape.numel() * math.log(self.levels)
+
+    def _real(self, value: Tensor, u: Tensor) -> Tensor:
+        """(value + u) / L, which rounding does not take into the next level."""
+        real = (value + u) / self.levels
+        next_level = (value + 1).to(real) / self.levels
+        return torch.minimum(real, torch.nextafter(next_level, torch.zeros_like(next_level)))
 
     def _noise(self, value: Tensor) -> tuple[Tensor, Tensor | float]:
         """Noise u of shape ``(K,) + value.shape``, and log q(u | value)."""
         like = _parameter(self.distribution)
         shape = (self.num_samples,)
         if self.noise is None:
-            return torch.rand(shape + value.shape, dtype=like.dtype, device=like.device), 0.0
+            dtype = torch.promote_types(like.dtype, torch.float32)  # 16 bits hold a level, but no noise beside it
+            return torch.rand(shape + value.shape, dtype=dtype, device=like.device), 0.0
         centered = (value.to(like.dtype) + 0.5) * (2 / self.levels) - 1
         q = self.noise(centered.flatten(value.dim() - self.event_dim))
         if hasattr(q, "rsample_and_log_prob"):  # a flow of this package: one pass gives both
@@ -122,7 +133,7 @@ class Dequantized(dist.TorchDistribution):
         check_event_shape(self, value.shape, self.event_shape)
         # Compiled code cannot branch on values, so the range is not checked there.
         if self._validate_args and not torch.compiler.is_compiling() and value.numel():
-            low, high = int(value.min()), int(value.max())
+            low, high = (int(bound) for bound in (value.long() if value.dtype in _UNSIGNED else value).aminmax())
             if low < 0 or high >= self.levels:
                 raise ValueError(
                     f"Dequantized expected levels 0, ..., {self.levels - 1}; got values from {low} to {high}: "

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of bijections beyond the laws: contexts, subclasses, values that do not fit."""
 
+import inspect
+
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import table
+from helpers import make_flow, small, table
 
 import pyro_realnvp as rn
 
@@ -127,3 +129,35 @@ def test_a_layer_of_ones_own_is_initialized_by_the_first_batch():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_signs_and_cdfs():
+    x, normal = torch.tensor([0.2, 0.7]), torch.distributions.Normal(0.0, 1.0)
+    logistic_normal = torch.distributions.TransformedDistribution(normal, [rn.Logit(0).inv])
+    torch.testing.assert_close(logistic_normal.cdf(x), normal.cdf(x.logit()))
+    decreasing = rn.Compose([torch.distributions.transforms.AffineTransform(0.0, -1.0), rn.Logit(0).inv])
+    assert decreasing.sign == decreasing.inv.sign == -1
+    torch.testing.assert_close(
+        torch.distributions.TransformedDistribution(normal, [decreasing]).cdf(x), normal.cdf(x.logit())
+    )
+    for f in (rn.ActNorm(2), rn.Standardize(2), rn.TriangularAffine(2, full=False), rn.Unbound([0.0], [1.0])):
+        assert f.sign == f.inv.sign == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_has_no_sign_can_be_inspected_traced_and_compiled():
+    for f in (small(2), rn.TriangularAffine(2), small(2).inv):
+        assert not hasattr(f, "sign") and inspect.getmembers(f)
+
+    class Score(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = make_flow()
+
+        def forward(self, x):
+            return self.flow().log_prob(x)
+
+    score, x = Score(), torch.randn(5, 2)
+    torch.testing.assert_close(torch.jit.trace(score, (x,))(2 * x), score(2 * x))
+    compiled = torch.compile(score, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(x), score(x))

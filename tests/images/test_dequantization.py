@@ -164,6 +164,7 @@ def test_noise_of_any_distribution():
     torch.testing.assert_close(beta.log_prob(x), torch.full((5,), -4 * math.log(4)))
 
 
+@pytest.mark.filterwarnings("ignore:no step has improved")
 def test_fit_takes_integer_images():
     flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 4, 4), hidden_channels=4, num_couplings=2), rn.Logit().inv]))
     images = rn.DequantizedFlow(flow, levels=16)
@@ -183,7 +184,7 @@ def images_of(**options):
     return rn.DequantizedFlow(flow, **({"levels": 16} | options))
 
 
-X = torch.randint(16, (5, 1, 4, 4))
+X = torch.arange(80).reshape(5, 1, 4, 4) % 16
 
 
 @table(
@@ -247,6 +248,30 @@ X = torch.randint(16, (5, 1, 4, 4))
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rounding_takes_no_level_into_the_next(dtype):
+    pixels = dist.Uniform(torch.zeros(1, 20, 20, dtype=dtype), torch.ones(1, 20, 20, dtype=dtype)).to_event(3)
+    for level in (0, 100, 255):
+        log_p = rn.Dequantized(pixels).log_prob(torch.full((500, 1, 20, 20), level))
+        assert log_p.isfinite().all()
+        assert rn.bits_per_dim(log_p.float(), (1, 20, 20)).mean() == pytest.approx(8.0, abs=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32])
+def test_levels_of_unsigned_types(dtype):
+    flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 8, 8), hidden_channels=4), rn.Logit().inv]))
+    x = np.random.default_rng(0).integers(0, 200, (20, 1, 8, 8))
+    model = rn.DequantizedFlow(flow, levels=200)
+    history = rn.fit(model, torch.as_tensor(x).to(dtype), num_steps=2, progress=False)
+    assert len(history.loss) == 2
+    torch.manual_seed(0)
+    expected = model().log_prob(torch.as_tensor(x))
+    torch.manual_seed(0)
+    torch.testing.assert_close(model().log_prob(torch.as_tensor(x).to(dtype)), expected)
+    with pytest.raises(ValueError, match=r"got values from \d+ to 200"):
+        model().log_prob(torch.full((1, 8, 8), 200).to(dtype))
 
 
 def test_interpolation():
