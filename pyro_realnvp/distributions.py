@@ -11,7 +11,7 @@ from torch.distributions import transform_to
 from .bijections.bijection import Bijection
 from .bijections.inputs import check_context
 from .bijections.memo import forget_param_store
-from .bijections.shapes import sum_events
+from .bijections.shapes import inner_point, strictly_inside, sum_events
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -23,14 +23,22 @@ class FlowDistribution(dist.TransformedDistribution):
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value) in nats, shaped like the batch."""
+        """log p(value) in nats, shaped like the batch; -inf where an entry lies on a bound of the support or beyond."""
         (transform,) = self.transforms
         if self._validate_args and not torch.compiler.is_compiling():  # compiled code cannot branch on values
             if value.shape[value.dim() - self.event_dim :] != self.event_shape or not value.is_floating_point():
                 transform._check(value, forward=False)  # raises an error that says what to do
             self._validate_sample(value)
+        inside = strictly_inside(transform.codomain, value)
+        if inside is not None and not torch.compiler.is_compiling() and not inside.all():
+            # On a bound the bijection is infinite, and its gradient nan. Any inner point stands in for the value there.
+            value = torch.where(inside, value, inner_point(transform.codomain, value))
         x, ladj = transform._evaluate(value, forward=False, remember=False)
-        return self.base_dist.log_prob(x) + self._sum(ladj)
+        log_p = self.base_dist.log_prob(x) + self._sum(ladj)
+        if inside is None:
+            return log_p
+        batch_shape = inside.shape[: inside.dim() - self.event_dim]
+        return torch.where(inside.reshape(*batch_shape, -1).all(-1), log_p, -torch.inf)
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """A reparametrized sample y and log p(y), in one pass through the bijection.

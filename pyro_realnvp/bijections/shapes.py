@@ -56,3 +56,33 @@ def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
     """Moves channels to space, as the inverse of `squeeze`."""
     x = x.unflatten(-3, (-1, factor, factor)).movedim((-4, -3), (-3, -1))
     return x.flatten(-4, -3).flatten(-2, -1)
+
+
+def _bounds(constraint: constraints.Constraint) -> tuple[Tensor | float | None, Tensor | float | None]:
+    """The lower and the upper bound of the entries, None where there is none that a density cannot reach."""
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    if isinstance(constraint, constraints.greater_than_eq):
+        return None, None
+    return getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+
+
+def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor | None:
+    """Which entries of a value lie between their bounds and not on them; None if the constraint has no bounds."""
+    low, high = _bounds(constraint)
+    if low is None and high is None:
+        return None
+    inside = torch.ones_like(value, dtype=torch.bool)
+    if low is not None:
+        inside &= value > low
+    if high is not None:
+        inside &= value < high
+    return inside
+
+
+def inner_point(constraint: constraints.Constraint, like: Tensor) -> Tensor:
+    """For each entry a number between its bounds."""
+    low, high = (torch.as_tensor(torch.nan if bound is None else bound).to(like) for bound in _bounds(constraint))
+    from_below, from_above = low.isfinite(), high.isfinite()
+    one_sided = torch.where(from_below, low + 1, torch.where(from_above, high - 1, 0.0))
+    return torch.where(from_below & from_above, (low + high) / 2, one_sided)

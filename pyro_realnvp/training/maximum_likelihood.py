@@ -24,6 +24,8 @@ from .objective import Objective, log_likelihood
 from .options import LoopOptions, plain
 from .rows import Batch
 
+_WORSE = 0.1  # nats, more than the noise of a held-out part
+
 
 def fit(
     flow: nn.Module,
@@ -203,10 +205,13 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-    if history.best_step == 0 and history.stopped in ("finished", "early"):
+    # A start that is as good as the end may be the best there is, as for normal data that are standardized.
+    is_worse = history.best_step == 0 and not history.validation_loss[-1] <= history.best_loss + _WORSE
+    if is_worse and history.stopped in ("finished", "early"):
         warnings.warn(
-            f"no step has improved the held-out loss of the start, {history.best_loss:.4g}, so the flow keeps the "
-            "weights it came with: take more steps, a lower lr, or look at the data",
+            f"the training has raised the held-out loss from {history.best_loss:.4g} to "
+            f"{history.validation_loss[-1]:.4g}, so the flow keeps the weights it came with: take a lower lr, more "
+            "steps, or look at the data",
             RuntimeWarning,
             stacklevel=3,
         )
