@@ -291,6 +291,6 @@ def test_a_narrow_direction_is_found():
     a = random.normal(size=(2000, 1))
     X = np.c_[a, a + 1e-4 * random.normal(size=(2000, 1))]
     exact = -np.log(2 * np.pi) - 1 - np.log(1e-4)
-    density = RealNVPDensity(num_steps=100, random_state=0).fit(X)
+    density = rn.RealNVPDensity(num_steps=100, random_state=0).fit(X)
     assert density.score(X) == pytest.approx(exact, abs=0.1)
     assert np.abs(np.diff(density.sample(1000, random_state=0), axis=1)).std() < 2e-4
