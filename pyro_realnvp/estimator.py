@@ -4,6 +4,7 @@
 import itertools
 import math
 import numbers
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from .training.maximum_likelihood import fit
 
 _NARROW = 1e-2  # variance along a direction of standardized rows, below which they are whitened
 _LEAST_VARIANCE = 1e-12
+_LOCK = threading.Lock()
 _ROWS_PER_PASS = 4096
 _NAMED_SUPPORTS = {"real": (None, None), "positive": (0.0, None)}
 
@@ -143,10 +145,12 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             self.context_mean_ = np.average(context[rows], 0, None if sample_weight is None else sample_weight[rows])
             self.context_scale_ = np.where((context[rows] == context[rows][0]).all(0), 1, context[rows].std(0))
         columns = (X, self._standard_context(context), sample_weight)
-        with warnings.catch_warnings(), _seeded(random, self.device):
-            train, apart = ([c if c is None else self._tensor(c[p]) for c in columns] for p in (rows, held_out))
-            x, context, weights = train
+        train, apart = ([c if c is None else self._tensor(c[p]) for c in columns] for p in (rows, held_out))
+        x, context, weights = train
+        with _seeded(random, self.device):
             flow = self._make_flow(x, weights)
+        seeds = [int(seed) for seed in random.randint(2**31, size=2)]
+        with warnings.catch_warnings():
             # The flow starts as a normal, and on few rows that may be the best there is.
             warnings.filterwarnings("ignore", message="the training has raised the held-out loss")
             self.history_ = fit(
@@ -155,12 +159,13 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 context=context,
                 weights=weights,
                 validation=tuple(apart) if num_held_out else 0,
-                augment=self._add_noise(flow, x) if self.noise else None,
+                augment=self._add_noise(flow, x, seeds[0]) if self.noise else None,
                 num_steps=self.num_steps,
                 batch_size=min(self.batch_size, len(x)),
                 lr=self.lr,
                 weight_decay=self.weight_decay,
                 patience=self.patience,
+                seed=seeds[1],
                 compile=self.compile,
                 progress=bool(self.verbose),
             )
@@ -240,7 +245,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         parts = [learned, *_whitening(standardize(unbounded), weights), standardize.inv, *(f.inv for f in bounds)]
         return Flow(Compose(parts)).to(x)
 
-    def _add_noise(self, flow: Flow, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def _add_noise(self, flow: Flow, x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
         """A function that adds noise to a batch.
 
         The noise is normal with the covariance of the rows, scaled by a factor that falls to zero over the training. It
@@ -250,11 +255,12 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         to_data = Compose(fixed)
         variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov()))
         factor = directions * variances.clamp(min=0).sqrt()
-        steps = itertools.count()
+        steps, generator = itertools.count(), torch.Generator(x.device).manual_seed(seed)
 
         def add(x: Tensor) -> Tensor:
             size = self.noise * max(0.0, 1 - next(steps) / self.num_steps) ** 2
-            return to_data(to_data.inv(x) + size * torch.randn_like(x) @ factor.T)
+            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            return to_data(to_data.inv(x) + size * noise @ factor.T)
 
         return add
 
@@ -305,9 +311,12 @@ def _check_weights(sample_weight, X: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _seeded(random: np.random.RandomState, device: torch.device | str | None) -> Iterator[None]:
-    """Seeds torch's generators, and restores their states at the end."""
+    """Seeds torch's generators, and restores their states at the end.
+
+    The generators belong to all threads, so only one thread at a time may have seeded them.
+    """
     devices = [device] if device is not None and torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with _LOCK, torch.random.fork_rng(devices):
         torch.manual_seed(int(random.randint(2**31)))
         yield
 

@@ -294,3 +294,16 @@ def test_a_narrow_direction_is_found():
     density = rn.RealNVPDensity(num_steps=100, random_state=0).fit(X)
     assert density.score(X) == pytest.approx(exact, abs=0.1)
     assert np.abs(np.diff(density.sample(1000, random_state=0), axis=1)).std() < 2e-4
+
+
+def test_threads_give_the_same_fit_and_leave_the_callers_generator_alone():
+    X = load_iris().data
+    density = rn.RealNVPDensity(num_steps=20, num_couplings=2, random_state=0)
+    alone = cross_val_score(density, X, cv=4)
+    torch.manual_seed(0)
+    with joblib.parallel_backend("threading", n_jobs=4):
+        together = cross_val_score(density, X, cv=4)
+    assert np.array_equal(alone, together)
+    drawn = torch.randn(3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.randn(3), drawn)
