@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "images": {"bijections", "distributions"},
     "training": {"bijections/bijection", "saving"},
     "inference": {"bijections", "flows", "distributions", "training"},
-    "estimator": {"bijections", "flows", "distributions", "training"},
+    "columns": {"bijections"},
+    "estimator": {"bijections", "columns", "flows", "distributions", "training"},
     "plots": {"bijections/compose", "training/history"},
 }
 

@@ -94,7 +94,7 @@ def test_streams():
     assert run(iter([X[:100].numpy()] * 40))[1].loss == run(iter([X[:100]] * 40))[1].loss
     conditional = make_flow(seed=1, context_dim=3)
     stream = ((torch.randn(32, 2), torch.randn(32, 3)) for _ in range(40))
-    assert len(run(stream, conditional, validation=(X, torch.randn(400, 3)))[1].validation_loss) == 4
+    assert run(stream, conditional, validation=(X, torch.randn(400, 3)))[1].validation_steps == [0, 10, 20, 30, 40]
 
 
 @table(
