@@ -34,7 +34,9 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        losses, weights = [], []
+        # A process may have no held-out row.
+        nothing = torch.zeros(0, dtype=torch.float64, device=next(self.flow.parameters()).device)
+        losses, weights = [nothing], [nothing]
         for batch in self.batches:
             losses.append(-log_likelihood(self.flow, batch).double())
             weights.append(torch.ones_like(losses[-1]) if batch.weights is None else batch.weights.to(losses[-1]))
