@@ -9,7 +9,7 @@ import torch
 from sklearn.utils import check_array
 from torch import Tensor
 
-from .bijections.linear import TriangularAffine
+from .bijections.linear import TriangularAffine, triangular_root
 
 _NAMED_SUPPORTS = {"real": (None, None), "positive": (0.0, None)}
 _NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
@@ -77,7 +77,5 @@ def whitening(z: Tensor, weights: Tensor | None) -> list[TriangularAffine]:
     variances, directions = torch.linalg.eigh(covariance)
     if variances[0] > _NARROW:
         return []
-    root = directions * variances.clamp(min=_LEAST_VARIANCE).sqrt()
-    upper = torch.linalg.qr(root.mT).R
-    tril = (upper * upper.diagonal().sign()[:, None]).mT
+    tril = triangular_root(directions * variances.clamp(min=_LEAST_VARIANCE).sqrt())
     return [TriangularAffine(dim).to(z).start_at(torch.zeros(dim).to(z), tril)]

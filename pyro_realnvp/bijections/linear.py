@@ -217,6 +217,16 @@ class LowRankAffine(Bijection):
         return self.start_scale.log().sum() + torch.linalg.slogdet(self._small()).logabsdet + self.log_diagonal.sum()
 
 
+def triangular_root(root: Tensor) -> Tensor:
+    """The lower triangular matrix L with a positive diagonal and L L^T = root root^T.
+
+    With the QR decomposition root^T = Q R, the product root root^T is R^T R. Unlike the Cholesky decomposition of the
+    product, this does not square the condition number.
+    """
+    upper = torch.linalg.qr(root.mT).R
+    return (upper * upper.diagonal().sign()[:, None]).mT
+
+
 def _solve(tril: Tensor, x: Tensor) -> Tensor:
     """Solves `tril @ z = v` for each vector v along the last axis of x; `tril` is lower triangular."""
     rows = x.reshape(-1, x.shape[-1])

@@ -2,6 +2,7 @@
 """Checks of a model before anything is computed with it: is its log-density finite, and the same alone and mapped?"""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ _TOLERANCE = 1e-3
 _STEPS = (1e-2, 1e-3)
 _ROUNDING = 2e-5  # of single precision, in which models compute even if the latents are in double precision
 _MOST_SITES = 50  # whose gradients are checked
+_T = TypeVar("_T")
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def check(density: LogDensity, points: Point) -> None:
         RuntimeWarning: the model cannot be mapped.
     """
     rows = density.rows()
-    first, second = (_seeded(lambda: torch.stack([density.one(p, rows) for p in each(points)]), k) for k in (0, 1))
+    first, second = (seeded(lambda: torch.stack([density.one(p, rows) for p in each(points)]), k) for k in (0, 1))
     _compare(
         first,
         second,
@@ -70,11 +72,11 @@ def check(density: LogDensity, points: Point) -> None:
 def _try_to_map(density: LogDensity, points: Point, rows: dict[str, Tensor]) -> Tensor:
     """The log-density of mapped draws. Finds out whether the model writes into tensors that it creates."""
     try:
-        return _seeded(lambda: density.mapped(points, rows), 0)
+        return seeded(lambda: density.mapped(points, rows), 0)
     except Exception as error:  # whatever a model may raise
         density.own_tensors = True
         try:
-            return _seeded(lambda: density.mapped(points, rows), 0)
+            return seeded(lambda: density.mapped(points, rows), 0)
         except Exception:
             density.own_tensors = False
             raise error from None
@@ -114,7 +116,8 @@ def _check_gradient(density: LogDensity, point: Tensor, rows: dict[str, Tensor])
 
 
 @torch.no_grad()
-def _seeded(evaluate: Callable[[], Tensor], seed: int) -> Tensor:
+def seeded(evaluate: Callable[[], _T], seed: int = 0) -> _T:
+    """The result with the same random numbers at each call, so that two results can be compared."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return evaluate()

@@ -186,8 +186,10 @@ class AllLatents(GuideBase, AutoContinuous):
             self.build(*args, **kwargs)
         if self._arguments is None:  # after unpickling
             self._arguments = args, kwargs
-        if self.master is None and not (self._has_dynamic_supports or _are_same(self._arguments, (args, kwargs))):
-            self._density((args, kwargs))  # checks that the guide fits these arguments
+        # Whatever has to run the model checks that the guide fits the arguments. The others check new arguments here.
+        runs_model = self._has_dynamic_supports or (self._relative_names and (args or kwargs))
+        if self.master is None and not (runs_model or _are_same(self._arguments, (args, kwargs))):
+            self._density((args, kwargs))
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         values, ladjs = self._constrain(latent, args, kwargs)

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ..bijections.compose import Compose
 from ..bijections.linear import ConditionalAffine
-from ..bijections.shapes import sum_events
 from ..distributions import Flow
 from ..flows import real_nvp
 from .base import GuideBase, quantiles_of
 from .mapping import map_over
-from .sites import Rows, unconstraining
+from .sites import Rows, Site, unconstraining, unpack
 
 
 class AmortizedRealNVP(GuideBase, AutoGuide):
@@ -91,7 +90,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                 "poutine.block(model, hide=[...]), and give them a guide of their own in an AutoGuideList"
             )
         self._frames = [frame for frame in sites[0][1]["cond_indep_stack"] if frame.vectorized]
-        self._shapes = {}  # the event shape of each site in unconstrained coordinates
+        self._sites = {}  # the event of each site in unconstrained coordinates
         for name, site in sites:
             inverse = unconstraining(name, site["fn"]).inv
             value = inverse(site["value"])
@@ -102,8 +101,8 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                     "that come later: draw it on one support, such as Uniform(0, 1), and rescale it in the model"
                 )
             event_dim = value.dim() - site["value"].dim() + site["fn"].event_dim
-            self._shapes[name] = value.shape[value.dim() - event_dim :]
-        dim = sum(shape.numel() for shape in self._shapes.values())
+            self._sites[name] = Site(value.shape[value.dim() - event_dim :])
+        dim = sum(site.size for site in self._sites.values())
         parts = [ConditionalAffine(dim, self.context_dim)]
         if dim > 1:
             parts.insert(0, real_nvp(dim, context_dim=self.context_dim, **self._options))
@@ -191,14 +190,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
 
         The flow's density is one of unconstrained values, so each site adds the ladj of the inverse transform.
         """
-        entries = latent.split([shape.numel() for shape in self._shapes.values()], -1)
-        for (name, shape), part in zip(self._shapes.items(), entries):
-            fn = self.prototype_trace.nodes[name]["fn"]
-            transform = unconstraining(name, fn)
-            unconstrained = part.reshape(latent.shape[:-1] + shape)
-            value = transform(unconstrained)
-            ladj = 0.0
-            if poutine.get_mask() is not False:
-                ladj = transform.inv.log_abs_det_jacobian(value, unconstrained)
-                ladj = sum_events(ladj, ladj.dim() - value.dim() + fn.event_dim)
-            yield name, pyro.sample(name, dist.Delta(value, log_density=ladj, event_dim=fn.event_dim))
+        for name, part in unpack(latent, self._sites).items():
+            site, fn = self._sites[name], self.prototype_trace.nodes[name]["fn"]
+            value, ladj = site.constrain(name, fn, site.unpack(part))
+            yield name, pyro.sample(name, dist.Delta(value, log_density=-ladj, event_dim=fn.event_dim))

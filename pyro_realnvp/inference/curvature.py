@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from ..bijections.linear import triangular_root
 from .density import LogDensity
 from .normals import LARGEST_FULL, FullNormal, LowRankNormal, Normal
 
@@ -75,17 +76,21 @@ def _full_newton(surface: Surface, x: Tensor) -> tuple[Tensor, Tensor, FullNorma
     gradient, hessian = surface.derivatives(x, torch.eye(len(x)).to(x))
     if not (gradient.isfinite().all() and hessian.isfinite().all()):
         return None
+    values, directions = eigen_directions(hessian)
+    root = directions * _positive(values).rsqrt()  # root root^T is the inverse of the Hessian
+    step = -root @ (root.mT @ gradient)
+    return gradient, step, FullNormal(x, triangular_root(root))
+
+
+def eigen_directions(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of a Hessian whose diagonal is scaled to 1, and its eigenvectors in the unscaled coordinates.
+
+    Without the scales, the rounding of the largest eigenvalue could hide the smallest one.
+    """
     hessian = (hessian + hessian.mT) / 2
-    # The Hessian is scaled so that its diagonal is 1. Otherwise the rounding of the largest eigenvalue could hide the
-    # smallest one.
     scale = scales_of(hessian.diagonal())
     values, vectors = torch.linalg.eigh(scale[:, None] * hessian * scale)
-    root = scale[:, None] * vectors * _positive(values).rsqrt()  # root root^T is the inverse of the Hessian
-    step = -root @ (root.mT @ gradient)
-    # Since root = R^T Q^T, root root^T is R^T R. Unlike the Cholesky decomposition of the inverse, this does not square
-    # the condition number.
-    upper = torch.linalg.qr(root.mT).R
-    return gradient, step, FullNormal(x, (upper * upper.diagonal().sign()[:, None]).mT)
+    return values, scale[:, None] * vectors
 
 
 def _krylov_newton(surface: Surface, x: Tensor) -> tuple[Tensor, Tensor, LowRankNormal] | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bijections.linear import LowRankAffine, TriangularAffine
+from ..bijections.linear import LowRankAffine, TriangularAffine, triangular_root
 
 LARGEST_FULL = 100
 """Dimensions up to which a normal has a full covariance; beyond, it has more entries than data usually tell."""
@@ -74,8 +74,8 @@ class LowRankNormal:
         """The affine map from standard normal noise to the draws; with a full matrix that is learned if `full`."""
         dim = len(self.loc)
         if full:
-            _, upper = torch.linalg.qr(self.draw(torch.eye(dim).to(self.loc)) - self.loc)
-            return FullNormal(self.loc, (upper * upper.diagonal().sign()[:, None]).mT).bijection(full=True)
+            root = (self.draw(torch.eye(dim).to(self.loc)) - self.loc).mT
+            return FullNormal(self.loc, triangular_root(root)).bijection(full=True)
         affine = LowRankAffine(dim, rank=len(self.stretches)).to(self.loc)
         return affine.start_at(self.loc, self.scale, self.directions, self.stretches)
 

@@ -71,7 +71,8 @@ def _blocks(plate: Distribution, most: int | None) -> list[tuple[float, Tensor]]
         starts = [k * block % len(rest) for k in range(windows)]
         cyclic = [rest[(torch.arange(block) + start) % len(rest)] for start in starts]
         blocks += [(len(rest) / size / windows, rows) for rows in cyclic]
-    return [(weight, rows.to(plate().device)) for weight, rows in blocks]
+    device = plate().device  # where the plate draws its rows
+    return [(weight, rows.to(device)) for weight, rows in blocks]
 
 
 def _joined(first: list[Pass], second: list[Pass]) -> list[Pass]:

@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import TypeVar
 
 import pyro
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..training.history import Callback, History
 from ..training.loop import Training
 from ..training.options import LoopOptions
+from .agreement import seeded
 from .base import GuideBase
 from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
@@ -134,14 +134,14 @@ def fit_guide(
             validation_particles = 1024 if particles.is_mapped else 64
         if path_derivative is None:
             path_derivative = isinstance(guide, GuideBase) and guide.is_warm
-        passes = _seeded(density.passes)
+        passes = seeded(density.passes)
         per_pass = max(1, validation_particles // len(passes), min(validation_particles, _FEWEST_PER_PASS))
 
         def step_loss() -> Tensor:
             return particles.loss(num_particles, path_derivative)
 
         def validate() -> float:
-            return -float(_seeded(lambda: particles.log_weights(per_pass, passes)[1].mean()))
+            return -float(seeded(lambda: particles.log_weights(per_pass, passes)[1].mean()))
 
     else:
         repeats = _repeats(loss, validation_particles)
@@ -150,7 +150,7 @@ def fit_guide(
             return _surrogate(loss, parameters, model, guide, args, kwargs)
 
         def validate() -> float:
-            return _seeded(lambda: fmean(loss.loss(model, guide, *args, **kwargs) for _ in range(repeats)))
+            return seeded(lambda: fmean(loss.loss(model, guide, *args, **kwargs) for _ in range(repeats)))
 
     # A step that is not finite is skipped, and no error.
     with pyro.validation_enabled(False), warnings.catch_warnings():
@@ -171,17 +171,6 @@ def fit_guide(
     if isinstance(guide, GuideBase):
         guide.mark_trained()
     return history
-
-
-_T = TypeVar("_T")
-
-
-@torch.no_grad()
-def _seeded(evaluate: Callable[[], _T]) -> _T:
-    """The result with the same random numbers at each call, so that validations can be compared."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return evaluate()
 
 
 def _repeats(loss: ELBO, validation_particles: int | None) -> int:

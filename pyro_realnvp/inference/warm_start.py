@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .agreement import check
 from .coordinates import FromRelative
-from .curvature import Surface, least_curvature, newton, scales_of
+from .curvature import Surface, eigen_directions, least_curvature, newton
 from .density import LogDensity
 from .normals import FullNormal, Normal, isotropic
 from .relative import Relative, prior_curvature
@@ -75,9 +75,8 @@ def _warn_of_flat_directions(density: LogDensity, normal: Normal) -> None:
     surface, entries = Surface(density), torch.arange(density.dim)
     if isinstance(normal, FullNormal):
         _, hessian = surface.derivatives(normal.loc, torch.eye(density.dim).to(normal.loc))
-        scale = scales_of(hessian.diagonal())
-        values, vectors = torch.linalg.eigh(scale[:, None] * (hessian + hessian.mT) / 2 * scale)
-        flat = (scale[:, None] * vectors)[:, values.abs() < least_curvature(values)]
+        values, directions = eigen_directions(hessian)
+        flat = directions[:, values.abs() < least_curvature(values)]
     else:
         flat = torch.nn.functional.one_hot(entries[surface.diagonal(normal.loc, entries)[1] == 0], density.dim).mT
     is_flat = entries < 0
