@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 import warnings
+from importlib.resources import files
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TQDM_MININTERVAL", "3600")  # the gallery shows only the first and last line of a progress bar
@@ -13,6 +14,7 @@ sys.path.insert(0, os.path.abspath(".."))
 warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")  # the examples call plt.show()
 
 from sphinx.util import logging
+from sphinx_gallery.sorting import ExplicitOrder
 
 import pyro_realnvp
 import pyro_realnvp.plots
@@ -51,6 +53,26 @@ napoleon_custom_sections = ["Shapes"]
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3
 
+# MathJax comes from a local file, so that the formulas are readable without a network. This file, unlike the others of
+# MathJax, contains its fonts.
+mathjax_file = files("sphinx-mathjax-offline") / "static" / "mathjax" / "tex-svg.js"
+mathjax_path = "tex-svg.js"
+
+gallery_order = [  # what a newcomer needs comes first
+    "two_moons",
+    "conditional",
+    "tabular",
+    "digits",
+    "compose_with_pyro",
+    "eight_schools",
+    "funnel",
+    "hierarchical",
+    "hidden_markov",
+    "simulator",
+    "vae",
+    "distributed",
+]
+
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
@@ -60,15 +82,15 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "show_signature": False,
     "write_computation_times": False,
-    "download_all_examples": False,
-    "within_subsection_order": "NumberOfCodeLinesSortKey",  # the shortest example comes first
+    "download_all_examples": True,
+    "within_subsection_order": ExplicitOrder([f"{name}.py" for name in gallery_order]),  # each example must be listed
     "thumbnail_size": (800, 300),
 }
 
 # -- HTML --------------------------------------------------------------------------------------------------------------
 html_theme = "furo"  # follows the reader's light or dark setting, with a switch
 html_title = f"pyro_realnvp {release}"
-html_static_path = ["_static"]
+html_static_path = ["_static", str(mathjax_file)]
 html_css_files = ["custom.css"]
 html_copy_source = False
 html_show_sourcelink = False

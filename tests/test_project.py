@@ -106,20 +106,24 @@ def test_every_public_name_is_in_the_docs():
     assert sorted(documented) == sorted(public_names())
 
 
+PAGES = ["README.md", "docs/installation.md", "docs/choosing.md", "docs/troubleshooting.md"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_readmes_code_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """All blocks run one after the other in one namespace, with short training."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 5
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
     namespace: dict = {}
     original = pyro_realnvp.fit
     short = lambda *args, **kwargs: original(*args, **(kwargs | {"num_steps": 3, "progress": False}))  # noqa: E731
     monkeypatch.setattr(pyro_realnvp, "fit", short)
     monkeypatch.setattr(pyro_realnvp.estimator, "fit", short)
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, page, "exec"), namespace)
 
 
 @pytest.mark.slow
