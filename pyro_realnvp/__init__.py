@@ -13,6 +13,7 @@ from .bijections.linear import ConditionalAffine, InvertibleLinear, LowRankAffin
 from .bijections.masks import Mask
 from .bijections.normalization import ActNorm, BatchNorm
 from .bijections.reshape import Permute, Squeeze
+from .bijections.splines import Spline, SplineCoupling
 from .distributions import Base, Flow, FlowDistribution
 from .estimator import RealNVPDensity
 from .flows import real_nvp

@@ -14,7 +14,7 @@ from .bijections.conditioners import MLP
 from .bijections.coupling import AffineCoupling, Coupling
 from .bijections.linear import ConditionalAffine
 from .bijections.masks import Mask
-from .bijections.splines import ConditionalSpline, identity_spline
+from .bijections.splines import Spline
 
 
 def real_nvp(
@@ -45,8 +45,8 @@ def real_nvp(
         activation: a function without arguments that makes the activation of each MLP.
         residual: whether each hidden layer after the first adds its input; their widths must then be equal.
         max_log_scale: the bound of each coupling's log-scale; by default the coupling's own.
-        coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling` (NICE), :class:`VolumePreservingCoupling` (GIN) or
-            a :class:`Coupling` of your own.
+        coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling` (NICE), :class:`VolumePreservingCoupling` (GIN),
+            :class:`SplineCoupling` (neural spline flow) or a :class:`Coupling` of your own.
         mask_cycle: the masks b, which the couplings use in turn; by default halves and even/odd entries, each followed
             by its opposite.
         between: a function of D that makes the transform between each two couplings, e.g. ``InvertibleLinear`` or
@@ -67,7 +67,7 @@ def real_nvp(
     if input_dim < 2:
         raise ValueError(
             f"expected input_dim >= 2, since a coupling changes one entry given another; got {input_dim}: "
-            "in one dimension use pyro.distributions.transforms.Spline(1), or model it jointly with another variable"
+            "in one dimension use Compose([Spline(1)]), or model it jointly with another variable"
         )
     if num_couplings < 2:
         raise ValueError(f"expected num_couplings >= 2, so that every entry is changed; got {num_couplings}")
@@ -105,7 +105,5 @@ def spline_flow(context_dim: int = 0, hidden_dims: Sequence[int] | None = None) 
         context_dim: the width of the context, 0 for none.
         hidden_dims: the widths of the hidden layers that read the context.
     """
-    if not context_dim:
-        return Compose([identity_spline()])
-    spline = ConditionalSpline(context_dim, hidden_dims or (32, 32))
-    return Compose([spline, ConditionalAffine(1, context_dim)])
+    spline = Spline(1, context_dim=context_dim, hidden_dims=hidden_dims or (32, 32))
+    return Compose([spline, ConditionalAffine(1, context_dim)] if context_dim else [spline])

@@ -14,7 +14,6 @@ from hypothesis.extra.numpy import arrays
 
 import pyro_realnvp as rn
 from pyro_realnvp import masks
-from pyro_realnvp.bijections.splines import ConditionalSpline
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,11 @@ def draw_mixed(draw):
             rn.ActNorm(dim).inv,
         ]
     )
+
+
+def draw_spline(draw):
+    context_dim = draw(st.sampled_from([0, 2]), label="context_dim")
+    return rn.Spline(draw(st.integers(1, 3), label="D"), num_bins=4, context_dim=context_dim, hidden_dims=(8,))
 
 
 def draw_random_linear(draw):
@@ -173,7 +177,9 @@ CASES = [
     Case("image flow", rn.Inverse, draw_image_flow),
     Case("pixels", rn.Compose, lambda draw: rn.Compose([draw_image_flow(draw), rn.Logit().inv]), largest=10.0),
     Case("mixed", rn.Compose, draw_mixed, plain=False),
-    Case("spline", ConditionalSpline, lambda draw: ConditionalSpline(2, (8,)), plain=False),
+    Case("spline", rn.Spline, draw_spline),
+    Case("spline coupling", rn.SplineCoupling, lambda draw: draw_coupling(draw, rn.SplineCoupling)),
+    Case("spline coupling, images", rn.SplineCoupling, lambda draw: draw_image_coupling(draw, rn.SplineCoupling)),
 ]
 
 

@@ -119,6 +119,13 @@ class Coupling(Bijection):
         return given
 
 
+def bounded(raw: Tensor, bound: float) -> Tensor:
+    """A smooth function of the raw value from -bound to bound, with the slope 1 at 0."""
+    # The gradient of tanh would vanish exponentially, and a value that has reached its bound would stay there.
+    slope = math.pi / (2 * bound)
+    return torch.atan(raw * slope) / slope
+
+
 class AffineCoupling(Coupling):
     r""":math:`y_b = x_b,\quad y_{1-b} = x_{1-b} \odot \exp(s(x_b)) + t(x_b), \quad
     \log|\det \partial y / \partial x| = \sum s(x_b)`  (RealNVP; Dinh et al. 2017, eqs. 4-6).
@@ -168,9 +175,7 @@ class AffineCoupling(Coupling):
     def log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the log-scale s and the shift t of the changed entries."""
         raw, shift = self.read(kept, context)
-        # The gradient of tanh would vanish exponentially, and a log-scale that has reached its bound would stay there.
-        slope = math.pi / (2 * self.max_log_scale)
-        return torch.atan(raw * slope) / slope, shift
+        return bounded(raw, self.max_log_scale), shift
 
     def forward_and_ladj(self, x, context=None):
         kept, changed = self.split(x, context)

@@ -60,8 +60,8 @@ def image_real_nvp(
         context_image: the shape (C', H, W) of a context that is an image of the same height and width. The flow takes
             this image flattened.
         max_log_scale: the bound of each coupling's log-scale; by default the coupling's own.
-        coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling`, :class:`VolumePreservingCoupling` or a
-            :class:`Coupling` of your own.
+        coupling: :class:`AffineCoupling`, :class:`AdditiveCoupling`, :class:`VolumePreservingCoupling`,
+            :class:`SplineCoupling` or a :class:`Coupling` of your own.
         conditioner: a function that makes the networks in place of ``ConvResNet``. It takes the numbers of input and
             output channels and, if there is a context, ``context_dim=``, or ``context_image=`` and ``context_scale=``.
             The last layer of each network should start at zero.
