@@ -2,6 +2,7 @@
 """RealNVP normalizing flows for Pyro."""
 
 from . import masks
+from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection, Conditioned, Inverse
 from .bijections.checking import Report, check_bijection
 from .bijections.compose import Compose
@@ -14,7 +15,7 @@ from .bijections.masks import Mask
 from .bijections.normalization import ActNorm, BatchNorm
 from .bijections.reshape import Permute, Squeeze
 from .bijections.splines import Spline, SplineCoupling
-from .distributions import Base, Flow, FlowDistribution
+from .distributions import Flow, FlowDistribution
 from .estimator import RealNVPDensity
 from .flows import real_nvp
 from .images.dequantization import Dequantized, DequantizedFlow, bits_per_dim, interpolate

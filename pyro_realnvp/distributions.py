@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import transform_to
 
+from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
 from .bijections.inputs import check_context
 from .bijections.memo import forget_param_store
@@ -49,62 +49,17 @@ class FlowDistribution(dist.TransformedDistribution):
         (torch.Size([5, 2]), torch.Size([5]))
         """
         (transform,) = self.transforms
+        if not self.base_dist.has_rsample:
+            raise NotImplementedError(
+                f"{type(self.base_dist).__name__} has no rsample, so its draws have no gradients: use sample() and "
+                "log_prob(), or a base that has"
+            )
         x = self.base_dist.rsample(torch.Size(sample_shape))
         y, ladj = transform._evaluate(x, forward=True, remember=False)
         return y, self.base_dist.log_prob(x) - self._sum(ladj)
 
     def _sum(self, ladj: Tensor) -> Tensor:
         return sum_events(ladj, self.event_dim - self.transforms[0].codomain.event_dim)
-
-
-class Base(nn.Module):
-    """A base distribution as a module, so that its parameters are moved and saved with the flow and can be learned.
-
-    All of its axes form one event.
-
-    Args:
-        distribution: a class of :mod:`pyro.distributions`.
-        learnable: whether the parameters are trained. Each is then stored in unconstrained coordinates.
-        parameters: the arguments of the class, which must be tensors.
-
-    Example:
-        >>> heavy_tailed = Base(dist.StudentT, df=torch.tensor(4.0), loc=torch.zeros(2), scale=torch.ones(2))
-        >>> heavy_tailed().event_shape
-        torch.Size([2])
-        >>> learned = Base(dist.Normal, loc=torch.zeros(2), scale=torch.ones(2), learnable=True)
-        >>> sorted(dict(learned.named_parameters()))
-        ['loc', 'scale']
-    """
-
-    def __init__(
-        self, distribution: Callable[..., dist.Distribution], *, learnable: bool = False, **parameters: Tensor
-    ):
-        super().__init__()
-        self.distribution, self.names, self.learnable = distribution, tuple(parameters), learnable
-        distribution(**parameters, validate_args=True)  # raises an error if the parameters are invalid
-        for name, value in parameters.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"expected {name} to be a tensor; got {type(value).__name__}: pass torch.tensor({value})"
-                )
-            if learnable:
-                self.register_parameter(name, nn.Parameter(self._constrain(name).inv(value).clone()))
-            else:
-                self.register_buffer(name, value.clone())
-
-    def extra_repr(self) -> str:
-        return f"{self.distribution.__name__}, learnable={self.learnable}"
-
-    def _constrain(self, name: str) -> torch.distributions.Transform:
-        """The map from the unconstrained coordinates of a parameter to its value."""
-        return transform_to(self.distribution.arg_constraints[name])
-
-    def forward(self) -> dist.Distribution:
-        parameters = {name: getattr(self, name) for name in self.names}
-        if self.learnable:
-            parameters = {name: self._constrain(name)(value) for name, value in parameters.items()}
-        base = self.distribution(**parameters, validate_args=False)
-        return base.to_event(len(base.batch_shape))
 
 
 class Flow(nn.Module):
@@ -118,7 +73,9 @@ class Flow(nn.Module):
         bijection: the map f from base to data.
         event_shape: the shape of one event; needed only if the bijection does not know it.
         base: a module or function without arguments that returns the base distribution :math:`p_0`, such as a
-            :class:`Base`; by default a standard normal.
+            :class:`Base`, or a :class:`MixtureBase`; by default a standard normal.
+        embedding: a module that the context passes first, such as ``Standardize(K).fit(context)`` or a network that
+            summarizes an observation. Its output is the context of the bijection.
 
     Shapes:
         ``flow()`` has batch shape ``()``; ``flow(context)``, with a context of shape ``batch_shape + (context_dim,)``,
@@ -148,6 +105,7 @@ class Flow(nn.Module):
         event_shape: Sequence[int] | None = None,
         *,
         base: Callable[[], dist.Distribution] | None = None,
+        embedding: nn.Module | None = None,
     ):
         super().__init__()
         if not isinstance(bijection, Bijection):
@@ -158,7 +116,7 @@ class Flow(nn.Module):
             event_shape = bijection.inv.event_shape
         if None in event_shape:
             raise ValueError("the bijection does not know the size of its events: pass event_shape=")
-        self.bijection = bijection
+        self.bijection, self.embedding = bijection, embedding
         self.event_shape = torch.Size(event_shape)
         extra_dims = len(self.event_shape) - bijection.codomain.event_dim  # leading axes that f treats as a batch
         if extra_dims < 0:
@@ -170,9 +128,10 @@ class Flow(nn.Module):
         self.base = (
             base if base is not None else Base(dist.Normal, loc=torch.zeros(base_shape), scale=torch.ones(base_shape))
         )
-        if self.base().event_shape != base_shape:
+        got = self.base.event_shape if isinstance(self.base, MixtureBase) else self.base().event_shape
+        if got != base_shape:
             raise ValueError(
-                f"expected a base with event shape {tuple(base_shape)}; got {tuple(self.base().event_shape)}: "
+                f"expected a base with event shape {tuple(base_shape)}; got {tuple(got)}: "
                 "declare its axes as events with .to_event()"
             )
 
@@ -192,12 +151,21 @@ class Flow(nn.Module):
             temperature: the factor by which the base is scaled about its mean. Below 1, samples lie closer to the
                 modes. Both samples and ``log_prob`` are those of the scaled base.
         """
-        check_context(self.bijection, context)
+        if not temperature > 0:
+            raise ValueError(f"expected temperature > 0; got {temperature}")
+        context = self.embed(context)
+        base_context = context if getattr(self.base, "context_dim", 0) else None
+        if base_context is None or self.bijection.context_dim:
+            check_context(self.bijection, context)
+        bijection = self.bijection if context is None else self.bijection.condition(context)
+        if isinstance(self.base, MixtureBase):
+            return FlowDistribution(self.base(base_context, temperature=temperature), [bijection])
         base = self.base()
         if temperature != 1.0:
-            if not temperature > 0:
-                raise ValueError(f"expected temperature > 0; got {temperature}")
             scale = dist.transforms.AffineTransform((1 - temperature) * base.mean, temperature, len(base.event_shape))
             base = dist.TransformedDistribution(base, [scale], validate_args=False)
-        bijection = self.bijection if context is None else self.bijection.condition(context)
         return FlowDistribution(base, [bijection])
+
+    def embed(self, context: Tensor | None) -> Tensor | None:
+        """Returns what the embedding makes of a context, or the context itself if there is no embedding."""
+        return context if context is None or self.embedding is None else self.embedding(context)

@@ -268,7 +268,7 @@ def interpolate(
     if isinstance(flow, DequantizedFlow):
         ends = [(image.to(next(flow.parameters()).dtype) + 0.5) / flow.levels for image in (start, end)]
         return quantize(interpolate(flow.flow, *ends, num_steps, context=context), flow.levels)
-    bijection = flow.bijection if context is None else flow.bijection.condition(context)
+    (bijection,) = flow(context).transforms
     event_axes = tuple(range(-len(flow.event_shape), 0))
     z0, z1 = (bijection.inv(image) for image in (start, end))
     norms = [torch.linalg.vector_norm(z, dim=event_axes, keepdim=True) for z in (z0, z1)]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches to train on, which never end and can be resumed, and batches that are held out."""
 
+import math
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from . import distributed
 from .checkpoint import random_state, set_random_state
 from .rows import Batch, Rows
+
+_SOME_ROWS = 4096
 
 
 class HeldOut:
@@ -46,6 +50,10 @@ class Shuffled:
         rows = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
         return self.rows[rows[distributed.rank() :: distributed.count()]]
+
+    def some(self) -> Batch:
+        """Rows from all of the data to train on, in their order."""
+        return self.rows[self.indices[:: math.ceil(len(self.indices) / _SOME_ROWS)]]
 
     def state_dict(self) -> dict:
         return {"start": self.start, "position": self.position}
@@ -101,6 +109,14 @@ class Stream:
         self.position += 1
         return batch
 
+    def some(self) -> Batch:
+        """The next batch, which comes again at the next call of ``next``."""
+        epoch, position = self.epoch, self.position
+        batch = next(self)
+        self.batches = chain([batch], self.batches)
+        self.epoch, self.position = epoch, position
+        return batch
+
     def _begin(self) -> None:
         """Begins an epoch, and notes the random states that its order follows from."""
         for part in _parts(self.source):
@@ -145,6 +161,14 @@ def _parts(source: Iterable) -> list:
     batch_sampler = getattr(source, "batch_sampler", None)
     parts = [source, getattr(source, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     return list({id(part): part for part in parts if part is not None}.values())
+
+
+def of_all_processes(batch: Batch) -> Batch:
+    """The rows that the processes have, together."""
+    if not distributed.are_many():
+        return batch
+    parts = distributed.gather([None if values is None else values.cpu() for values in batch])
+    return Batch(*(None if v[0] is None else torch.cat(v).to(batch.x.device) for v in zip(*parts)))
 
 
 def prepare(

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..bijections.bijection import Bijection
 from . import distributed
-from .batches import prepare
+from .batches import of_all_processes, prepare
 from .checkpoint import Checkpoint
 from .held_out import EXTREME, HeldOutLoss
 from .history import Callback, History
@@ -23,6 +23,7 @@ from .loop import Training
 from .objective import Objective, log_likelihood
 from .options import LoopOptions, plain
 from .rows import Batch
+from .start import start
 
 _WORSE = 0.1  # nats, more than the noise of a held-out part
 
@@ -47,6 +48,7 @@ def fit(
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 200,
     augment: Callable[[Tensor], Tensor] | None = None,
+    standardize: bool = True,
     callbacks: Sequence[Callback] = (),
     compile: bool | str = False,
     device: torch.device | str | None = None,
@@ -97,6 +99,8 @@ def fit(
         checkpoint_every: the number of steps between checkpoints.
         augment: a function that takes the x of a batch and returns the x to train on, for example with noise or with
             flipped images. Held-out rows are not augmented.
+        standardize: whether a new flow of vectors gets layers that standardize the rows or the contexts, if these are
+            far from the base: a median beyond 10, or a scale beyond 10 or below 1/10. A warning says so.
         callbacks: functions that are called after each step with the :class:`History` so far, in which
             ``len(history.loss)`` is the number of the step. If one returns True, training stops.
         compile: whether to compile the loss with :func:`torch.compile`, or the mode to compile it in, such as
@@ -119,7 +123,8 @@ def fit(
         RuntimeError: The checkpoint is damaged, or it cannot be written; the flow has the best weights so far.
 
     Warns:
-        RuntimeWarning: Steps were skipped, or the loss could not be compiled.
+        RuntimeWarning: Steps were skipped, the loss could not be compiled, layers were added to the flow, held-out rows
+            are far from all others, or the training has made the held-out loss worse.
 
     Example:
         >>> from pyro_realnvp import Flow, real_nvp
@@ -154,6 +159,7 @@ def fit(
     batches, held_out, tables = prepare(
         flow, x, context, weights, validation, batch_size, torch.Generator().manual_seed(seed)
     )
+    start(flow, lambda: of_all_processes(batches.some()), standardize=standardize)
     objective = Objective(flow, compile, autocast)
     if distributed.are_many():
         objective = DistributedDataParallel(objective)  # gives all processes the weights of the first
@@ -220,11 +226,9 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
 def _initialize(flow: nn.Module, batch: Batch) -> None:
     """Initializes the layers that need data, in a pass of its own and not in the step, which may be compiled.
 
-    In many processes each gathers the rows of all, so that all initialize their layers with the same values.
+    In many processes all initialize their layers with the rows of all.
     """
-    if distributed.are_many():
-        parts = distributed.gather([None if values is None else values.cpu() for values in batch])
-        batch = Batch(*(None if v[0] is None else torch.cat(v).to(batch.x.device) for v in zip(*parts)))
+    batch = of_all_processes(batch)
     # No backward pass follows, so nothing is kept for it. Under no_grad the layers would not initialize.
     with saved_tensors_hooks(lambda _: None, lambda _: None):
         log_likelihood(flow, batch)

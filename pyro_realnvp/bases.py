@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base distributions as modules."""
+
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+import torch
+from sklearn.mixture import GaussianMixture
+from torch import Tensor, nn
+from torch.distributions import transform_to
+
+from .bijections.conditioners import MLP
+from .bijections.inputs import check_context
+
+
+class Base(nn.Module):
+    """A base distribution as a module, so that its parameters are moved and saved with the flow and can be learned.
+
+    All of its axes form one event.
+
+    Args:
+        distribution: a class of :mod:`pyro.distributions`.
+        learnable: whether the parameters are trained. Each is then stored in unconstrained coordinates.
+        parameters: the arguments of the class, which must be tensors.
+
+    Example:
+        >>> heavy_tailed = Base(dist.StudentT, df=torch.tensor(4.0), loc=torch.zeros(2), scale=torch.ones(2))
+        >>> heavy_tailed().event_shape
+        torch.Size([2])
+        >>> learned = Base(dist.Normal, loc=torch.zeros(2), scale=torch.ones(2), learnable=True)
+        >>> sorted(dict(learned.named_parameters()))
+        ['loc', 'scale']
+    """
+
+    def __init__(
+        self, distribution: Callable[..., dist.Distribution], *, learnable: bool = False, **parameters: Tensor
+    ):
+        super().__init__()
+        self.distribution, self.names, self.learnable = distribution, tuple(parameters), learnable
+        distribution(**parameters, validate_args=True)  # raises an error if the parameters are invalid
+        for name, value in parameters.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"expected {name} to be a tensor; got {type(value).__name__}: pass torch.tensor({value})"
+                )
+            if learnable:
+                self.register_parameter(name, nn.Parameter(self._constrain(name).inv(value).clone()))
+            else:
+                self.register_buffer(name, value.clone())
+
+    def extra_repr(self) -> str:
+        return f"{self.distribution.__name__}, learnable={self.learnable}"
+
+    def _constrain(self, name: str) -> torch.distributions.Transform:
+        """The map from the unconstrained coordinates of a parameter to its value."""
+        return transform_to(self.distribution.arg_constraints[name])
+
+    def forward(self) -> dist.Distribution:
+        parameters = {name: getattr(self, name) for name in self.names}
+        if self.learnable:
+            parameters = {name: self._constrain(name)(value) for name, value in parameters.items()}
+        base = self.distribution(**parameters, validate_args=False)
+        return base.to_event(len(base.batch_shape))
+
+
+class MixtureBase(nn.Module):
+    r""":math:`p_0(x) = \sum_k \pi_k\, \mathcal N(x;\, \mu_k, L_k L_k^T)`: a base of several pieces, all learned.
+
+    A flow is continuous, so from a single normal it makes separate pieces only with a bridge between them. From a
+    mixture it needs none. :func:`fit` first initializes a new mixture from the rows, so that the flow starts as a
+    mixture of normals, and then trains all parameters.
+
+    A draw jumps between the components, so it has no gradients with respect to the parameters, and ``rsample`` raises
+    an error. A context changes the weights, the locations and the diagonals, by an :class:`MLP`. The temperature of a
+    :class:`Flow` scales each component about its own location.
+
+    Args:
+        event_size: the size D of an event.
+        num_components: the number K of normals.
+        full: whether the :math:`L_k` are triangular matrices; otherwise they are diagonal.
+        context_dim: the width of the context of a conditional flow, 0 for none.
+        hidden_dims: the widths of the hidden layers that read the context.
+
+    Shapes:
+        ``base()`` has batch shape ``()`` and event shape ``(D,)``, ``base(context)`` the batch shape of the context.
+
+    Raises:
+        ValueError: a size is less than 1. When called: the context is missing, unexpected or of the wrong width.
+
+    Example:
+        >>> from pyro_realnvp import Flow, real_nvp
+        >>> flow = Flow(real_nvp(2), base=MixtureBase(2, num_components=3))
+        >>> flow().sample((5,)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        event_size: int,
+        *,
+        num_components: int,
+        full: bool = True,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] = (32, 32),
+    ):
+        super().__init__()
+        for name, size in {"event_size": event_size, "num_components": num_components}.items():
+            if size < 1:
+                raise ValueError(f"expected {name} >= 1; got {size}")
+        self.event_shape, self.num_components, self.context_dim = torch.Size([event_size]), num_components, context_dim
+        self._started = False
+        shape = (num_components, event_size)
+        # As in TriangularAffine, what is learned is relative to the start, so that steps are in units of each normal.
+        self.register_buffer("start_logits", torch.zeros(num_components))
+        # Components that are equal would stay so, since their gradients are equal.
+        self.register_buffer("start_locs", torch.randn(shape) if num_components > 1 else torch.zeros(shape))
+        self.register_buffer("start_trils", torch.eye(event_size).repeat(num_components, 1, 1))
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        self.locs = nn.Parameter(torch.zeros(shape))
+        self.log_diagonals = nn.Parameter(torch.zeros(shape))
+        self.lowers = nn.Parameter(torch.zeros(*shape, event_size)) if full else None
+        outputs = num_components * (1 + 2 * event_size)
+        self.conditioner = MLP(context_dim, outputs, hidden_dims) if context_dim else None
+
+    def extra_repr(self) -> str:
+        return f"num_components={self.num_components}, full={self.lowers is not None}"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether :func:`fit` initializes the mixture from its rows: it is new, and nothing of it has been set."""
+        own = (self.logits, self.locs, self.log_diagonals)
+        self._started = self._started or any(bool(parameter.any()) for parameter in own)
+        return not self._started
+
+    @torch.no_grad()
+    def start_at(self, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> "MixtureBase":
+        """Sets the starting point and returns the base itself.
+
+        Args:
+            weights: the weights of the components, of shape ``(K,)``; they are scaled to a sum of 1.
+            locs: the locations, ``(K, D)``.
+            scale_trils: the lower triangular matrices, ``(K, D, D)``, diagonal unless ``full``.
+
+        Raises:
+            ValueError: a value is not finite, a shape does not fit, or a weight or an entry of a diagonal is not
+                positive.
+        """
+        diagonals = scale_trils.diagonal(dim1=-2, dim2=-1)
+        given, own = (weights, locs, scale_trils), (self.start_logits, self.start_locs, self.start_trils)
+        if any(one.shape != other.shape or not one.isfinite().all() for one, other in zip(given, own)):
+            shapes = ", ".join(str(tuple(one.shape)) for one in given)
+            raise ValueError(f"expected finite weights (K,), locs (K, D) and scale_trils (K, D, D); got {shapes}")
+        if not (weights > 0).all() or not (diagonals > 0).all():
+            raise ValueError("expected weights and diagonals of scale_trils that are positive: drop empty components")
+        off = scale_trils.triu(1) if self.lowers is not None else scale_trils - diagonals.diag_embed()
+        if off.any():
+            raise ValueError("expected scale_trils that are lower triangular, or diagonal if the base has full=False")
+        for one, other in zip((weights.log(), locs, scale_trils), own):
+            other.copy_(one)
+        self._started = True
+        return self
+
+    def initialize(self, x: Tensor, weights: Tensor | None = None, *, seed: int = 0) -> "MixtureBase":
+        """Starts at the mixture of normals of :class:`sklearn.mixture.GaussianMixture`, fitted to x.
+
+        Args:
+            x: rows in the coordinates of the base, ``(N, D)``, with N at least K.
+            weights: the weight of each row; by default all count alike.
+            seed: the seed of the fit.
+        """
+        rows = x.detach().double().cpu()
+        if weights is not None:  # scikit-learn's mixtures take no weights
+            draw = torch.Generator().manual_seed(seed)
+            rows = rows[torch.multinomial(weights.double().cpu(), len(rows), replacement=True, generator=draw)]
+        kind = "diag" if self.lowers is None else "full"
+        mixture = GaussianMixture(self.num_components, covariance_type=kind, n_init=3, random_state=seed).fit(
+            rows.numpy()
+        )
+        covariances = torch.from_numpy(mixture.covariances_)
+        trils = covariances.sqrt().diag_embed() if self.lowers is None else torch.linalg.cholesky(covariances)
+        return self.start_at(torch.from_numpy(mixture.weights_), torch.from_numpy(mixture.means_), trils)
+
+    def forward(self, context: Tensor | None = None, *, temperature: float = 1.0) -> dist.Distribution:
+        logits, locs, log_diagonals = self.logits, self.locs, self.log_diagonals
+        if context is not None or self.context_dim:
+            check_context(self, context)
+            shifts = self.conditioner(context).split([logits.numel(), locs.numel(), locs.numel()], -1)
+            logits = logits + shifts[0]
+            locs, log_diagonals = (
+                own + by.unflatten(-1, own.shape) for own, by in zip((locs, log_diagonals), shifts[1:])
+            )
+        trils = self.start_trils * log_diagonals.exp().unsqueeze(-2)
+        if self.lowers is not None:
+            trils = trils + self.start_trils @ self.lowers.tril(-1)
+        locs = self.start_locs + (self.start_trils @ locs.unsqueeze(-1)).squeeze(-1)
+        pieces = dist.MultivariateNormal(locs, scale_tril=temperature * trils, validate_args=False)
+        categories = dist.Categorical(logits=self.start_logits + logits, validate_args=False)
+        return dist.MixtureSameFamily(categories, pieces, validate_args=False)
+
+    # As in ActNorm, the flag is a Python value, since code that branches on a buffer would wait for the GPU.
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(not self.needs_data)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._started = bool(state)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a new flow takes from the data before its first step: their location and scale, and the pieces of its base."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import MixtureBase
+from ..bijections.compose import Compose
+from ..bijections.elementwise import Standardize
+from ..distributions import Flow
+from .rows import Batch
+
+_FAR = 10.0
+_QUARTILES_OF_NORMAL = 1.349  # the distance between the quartiles of a standard normal
+
+
+@torch.no_grad()
+def start(flow: nn.Module, some: Callable[[], Batch], *, standardize: bool) -> None:
+    """Prepares a flow for data like these.
+
+    If rows or contexts are far from the scale of a flow that is still the identity, layers that standardize them become
+    a part of the flow, and a warning says so. (Adam's steps are all of the size of the learning rate, so that a flow
+    would not get there.) A new :class:`MixtureBase` is initialized.
+
+    Args:
+        flow: the flow to train. Only a :class:`Flow` of vectors changes.
+        some: returns some of the rows to train on.
+        standardize: whether such layers may be added.
+    """
+    if not isinstance(flow, Flow) or len(flow.event_shape) != 1:
+        return
+    was_training, batch = flow.training, some()
+    flow.eval()
+    if standardize and batch.context is not None and flow.embedding is None:
+        _standardize_context(flow, batch.context)
+    if standardize:
+        _standardize_rows(flow, batch)
+    if isinstance(flow.base, MixtureBase) and flow.base.needs_data:
+        z = _latents(flow, batch)
+        finite = z.isfinite().all(-1)
+        flow.base.initialize(z[finite], None if batch.weights is None else batch.weights[finite])
+    flow.train(was_training)
+
+
+def _standardize_context(flow: Flow, context: Tensor) -> None:
+    loc, scale = _location_and_scale(context)
+    far = _far(loc, scale)
+    if far.any():
+        flow.embedding = _fitted(loc, scale)
+        warnings.warn(
+            f"columns {_few(far)} of the context are far from 0 or from the scale 1 ({_describe(loc, scale, far)}), so "
+            f"the flow now has embedding=Standardize({len(loc)}), fitted to the contexts: build it so, or pass "
+            "standardize=False",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _standardize_rows(flow: Flow, batch: Batch) -> None:
+    loc, scale = _location_and_scale(_latents(flow, batch))
+    base_loc, base_scale = _moments(flow, batch)
+    far = _far((loc - base_loc) / base_scale, scale / base_scale)
+    if not far.any():
+        return
+    learned, fixed = _split(flow)
+    rows = Compose(fixed).inv(batch.x) if fixed else batch.x
+    given = f"columns {_few(far)} of x are far from the base ({_describe(loc, scale, far)} in its coordinates)"
+    dim = len(loc)
+    if not torch.allclose(_condition(learned, flow, batch).inv(rows), rows, rtol=1e-3, atol=1e-3):
+        warnings.warn(
+            f"{given}, and the flow is no longer new: the training may not get there. To start anew, end a new flow in "
+            f"Standardize({dim}).fit(x).inv",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        return
+    loc, scale = _location_and_scale(rows)
+    layer = _fitted(loc - scale / base_scale * base_loc, scale / base_scale)
+    flow.bijection = Compose([learned, layer.inv, *fixed])
+    warnings.warn(
+        f"{given}, so the flow now has a layer Standardize({dim}).inv, fitted to the rows: build it as "
+        f"Flow(Compose([bijection, Standardize({dim}).fit(x).inv])), or pass standardize=False",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def _split(flow: Flow) -> tuple[nn.Module, list[nn.Module]]:
+    """The bijection without the fixed maps that end it, such as to bounded columns, and these maps."""
+    parts = list(flow.bijection.parts) if isinstance(flow.bijection, Compose) else [flow.bijection]
+    fixed: list[nn.Module] = []
+    while len(parts) > 1 and not any(p.requires_grad for p in parts[-1].parameters()):
+        fixed.insert(0, parts.pop())
+    return (Compose(parts) if fixed else flow.bijection), fixed
+
+
+def _condition(bijection: nn.Module, flow: Flow, batch: Batch) -> nn.Module:
+    return bijection if batch.context is None else bijection.condition(flow.embed(batch.context))
+
+
+def _latents(flow: Flow, batch: Batch) -> Tensor:
+    return _condition(flow.bijection, flow, batch).inv(batch.x)
+
+
+def _moments(flow: Flow, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation of the base; 0 and 1 if it has none, or will get them from the data."""
+    zero, one = torch.zeros(flow.event_shape).to(batch.x), torch.ones(flow.event_shape).to(batch.x)
+    if isinstance(flow.base, MixtureBase) and (flow.base.needs_data or flow.base.context_dim):
+        return zero, one
+    base = flow.base()
+    try:
+        loc, scale = base.mean, base.stddev
+    except NotImplementedError:
+        return zero, one
+    return torch.where(loc.isfinite(), loc, 0.0), torch.where(scale.isfinite(), scale, 1.0)
+
+
+def _location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The median and a robust standard deviation of each column, which a few extreme rows do not change.
+
+    If more than half of a column are ties, its scale is the largest distance from the median, as for a rare label.
+    """
+    own = rows
+    rows = rows[rows.isfinite().all(-1)].double()
+    if not len(rows):
+        return torch.zeros_like(own[0]), torch.ones_like(own[0])
+    low, median, high = rows.quantile(torch.tensor([0.25, 0.5, 0.75]).to(rows), dim=0)
+    scale = (high - low) / _QUARTILES_OF_NORMAL
+    scale = torch.where(scale > 0, scale, (rows - median).abs().amax(0))
+    return median.to(own), torch.where(scale > 0, scale, 1.0).to(own)  # a constant column has the scale 1
+
+
+def _far(loc: Tensor, scale: Tensor) -> Tensor:
+    return (loc.abs() > _FAR) | (scale > _FAR) | (scale < 1 / _FAR)
+
+
+def _fitted(loc: Tensor, scale: Tensor) -> Standardize:
+    layer = Standardize(len(loc)).to(loc)
+    layer.mean.copy_(loc)
+    layer.std.copy_(scale)
+    return layer
+
+
+def _few(far: Tensor) -> list[int]:
+    return far.nonzero().flatten().tolist()[:10]
+
+
+def _describe(loc: Tensor, scale: Tensor, far: Tensor) -> str:
+    k = int(far.nonzero()[0])
+    return f"column {k} has the median {loc[k].item():.4g} and the scale {scale[k].item():.4g}"

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import perturb, small, table
+
+import pyro_realnvp as rn
+
+
+def three_normals(full=True):
+    """A mixture with known weights, locations and covariances."""
+    locs = torch.tensor([[-4.0, 0.0], [0.0, 3.0], [4.0, -1.0]])
+    trils = torch.tensor([[[0.5, 0.0], [0.3, 0.2]], [[1.0, 0.0], [0.0, 0.1]], [[0.2, 0.0], [-0.5, 1.0]]])
+    if not full:
+        trils = trils.diagonal(dim1=-2, dim2=-1).diag_embed()
+    return torch.tensor([0.2, 0.3, 0.5]), locs, trils
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_density_is_that_of_the_mixture(full):
+    weights, locs, trils = three_normals(full)
+    base = rn.MixtureBase(2, num_components=3, full=full).start_at(weights, locs, trils)
+    x = 3 * torch.randn(100, 2)
+    expected = (dist.MultivariateNormal(locs, scale_tril=trils).log_prob(x[:, None]) + weights.log()).logsumexp(-1)
+    torch.testing.assert_close(base().log_prob(x), expected)
+    draws = base().sample((100_000,))
+    torch.testing.assert_close(draws.mean(0), weights @ locs, atol=0.05, rtol=0)
+    shares = torch.bincount(torch.cdist(draws, locs).argmin(-1), minlength=3) / len(draws)
+    torch.testing.assert_close(shares, weights, atol=0.03, rtol=0)
+    assert not base().has_rsample
+
+
+def test_learned_parameters_are_relative_to_the_start():
+    weights, locs, trils = three_normals()
+    base = rn.MixtureBase(2, num_components=3).start_at(weights, locs, trils)
+    with torch.no_grad():
+        base.logits.copy_(torch.tensor([1.0, 0.0, 0.0]))
+        base.locs[0] = torch.tensor([2.0, 1.0])
+        base.log_diagonals[1] = torch.tensor([0.0, math.log(3.0)])
+        base.lowers[2, 1, 0] = 0.7
+    mixture = base()
+    expected = torch.tensor([0.2 * math.e, 0.3, 0.5])
+    torch.testing.assert_close(mixture.mixture_distribution.probs, expected / expected.sum())
+    pieces = mixture.component_distribution
+    torch.testing.assert_close(pieces.loc[0], torch.tensor([-4.0 + 0.5 * 2, 0.3 * 2 + 0.2 * 1]))
+    torch.testing.assert_close(pieces.scale_tril[1], torch.tensor([[1.0, 0.0], [0.0, 0.3]]))
+    torch.testing.assert_close(pieces.scale_tril[2], torch.tensor([[0.2, 0.0], [-0.5 + 0.7, 1.0]]))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_initialize_finds_the_mixture(full):
+    weights, locs, trils = three_normals(full)
+    true = rn.MixtureBase(2, num_components=3, full=full).start_at(weights, locs, trils)()
+    x = true.sample((5000,))
+    base = rn.MixtureBase(2, num_components=3, full=full).initialize(x)
+    assert (true.log_prob(x) - base().log_prob(x)).mean().abs() < 0.01
+    # With weights, the rows of the first component count no more.
+    counts = (x[:, 0] > -2).float()
+    base = rn.MixtureBase(2, num_components=2, full=full).initialize(x, counts)
+    assert base().mixture_distribution.probs.sort().values.tolist() == pytest.approx([3 / 8, 5 / 8], abs=0.03)
+    assert base().component_distribution.loc[:, 0].min() > -1
+
+
+def test_fit_starts_at_a_mixture_of_the_rows():
+    weights, locs, trils = three_normals()
+    x = rn.MixtureBase(2, num_components=3).start_at(weights, locs, trils)().sample((2000,))
+    flow = rn.Flow(small(2), base=rn.MixtureBase(2, num_components=3))
+    history = rn.fit(flow, x, validation=x, num_steps=20, progress=False)
+    entropy = rn.MixtureBase(2, num_components=3).initialize(x)().log_prob(x).mean()
+    assert history.validation_loss[0] == pytest.approx(-entropy.item(), abs=1e-3)
+    # A second fit goes on from there.
+    again = rn.fit(flow, x, validation=x, num_steps=20, progress=False)
+    assert again.validation_loss[0] == pytest.approx(history.best_loss, abs=1e-5)
+
+
+def test_fit_leaves_what_was_set():
+    def copied():
+        base = rn.MixtureBase(2, num_components=3)
+        base.load_state_dict(rn.MixtureBase(2, num_components=3).start_at(*three_normals()).state_dict())
+        return base
+
+    def written():
+        base = rn.MixtureBase(2, num_components=3)
+        with torch.no_grad():
+            base.locs[0, 0] = 0.1
+        return base
+
+    for base in (rn.MixtureBase(2, num_components=3).start_at(*three_normals()), copied(), written()):
+        for one in (base, copy.deepcopy(base)):
+            assert not one.needs_data
+    assert rn.MixtureBase(2, num_components=3).needs_data
+
+
+def test_as_a_base():
+    torch.manual_seed(0)
+    flow = rn.Flow(perturb(small(2)), base=rn.MixtureBase(2, num_components=3).start_at(*three_normals())).double()
+    d = flow()
+    assert d.sample((4,)).dtype == torch.float64 and not d.has_rsample
+    assert d.expand((5, 4)).sample((6,)).shape == (6, 5, 4, 2) and d.expand((4,)).log_prob(
+        torch.zeros(4, 2).double()
+    ).shape == (4,)
+    with pytest.raises(NotImplementedError, match="MixtureSameFamily has no rsample"):
+        d.rsample_and_log_prob((3,))
+    other = rn.Flow(small(2), base=rn.MixtureBase(2, num_components=3)).double()
+    other.load_state_dict(flow.state_dict())
+    x = torch.randn(5, 2, dtype=torch.float64)
+    torch.testing.assert_close(other().log_prob(x), d.log_prob(x))
+
+
+def test_temperature_scales_each_component():
+    flow = rn.Flow(small(2), base=rn.MixtureBase(2, num_components=3).start_at(*three_normals()))
+    cold = flow(temperature=0.5).base_dist
+    torch.testing.assert_close(cold.component_distribution.loc, three_normals()[1])
+    torch.testing.assert_close(cold.component_distribution.scale_tril, 0.5 * three_normals()[2])
+
+
+def test_with_a_context():
+    base = rn.MixtureBase(2, num_components=3, context_dim=1).start_at(*three_normals())
+    for bijection in (small(2), small(2, context_dim=1)):
+        flow = rn.Flow(bijection, base=perturb(base))
+        context = torch.randn(7, 1)
+        d = flow(context)
+        assert d.batch_shape == (7,) and d.sample((4,)).shape == (4, 7, 2)
+        x = torch.randn(7, 2)
+        each = torch.stack([flow(c).log_prob(one) for c, one in zip(context, x)])
+        torch.testing.assert_close(d.log_prob(x), each)
+        with pytest.raises(ValueError, match="expected a context of width 1; got none"):
+            flow()
+        with pytest.raises(ValueError, match=r"expected a context of shape \(..., 1\); got shape \(7, 3\)"):
+            flow(torch.zeros(7, 3))
+
+
+@pytest.mark.slow
+def test_a_context_that_chooses_the_piece():
+    """x is near 3 c or near -3 c with equal weights, so the mixture must turn with its context."""
+
+    def draw(num):
+        c = torch.rand(num, 1) + 0.5
+        return 3 * c * torch.sign(torch.randn(num, 1)) + 0.3 * torch.randn(num, 2), c
+
+    x, c = draw(4000)
+    flow = rn.Flow(small(2, context_dim=1), base=rn.MixtureBase(2, num_components=2, context_dim=1))
+    rn.fit(flow, x, context=c, num_steps=600, progress=False)
+    x, c = draw(20_000)
+    pieces = dist.Normal(torch.stack([3 * c, -3 * c]), 0.3).to_event(1)
+    with torch.no_grad():
+        kl = (pieces.log_prob(x).logsumexp(0) - math.log(2) - flow(c).log_prob(x)).mean()
+    assert kl < 0.06
+
+
+@table(
+    "make, message",
+    {
+        "size": (lambda: rn.MixtureBase(0, num_components=2), "expected event_size >= 1; got 0"),
+        "components": (lambda: rn.MixtureBase(2, num_components=0), "expected num_components >= 1; got 0"),
+        "event": (
+            lambda: rn.Flow(small(3), base=rn.MixtureBase(2, num_components=2)),
+            r"event shape \(3,\); got \(2,\)",
+        ),
+        "context": (lambda: rn.MixtureBase(2, num_components=2)(torch.zeros(3)), "MixtureBase takes no context"),
+        "weights": (
+            lambda: rn.MixtureBase(1, num_components=1).start_at(
+                torch.zeros(1), torch.zeros(1, 1), torch.ones(1, 1, 1)
+            ),
+            "drop empty components",
+        ),
+        "shapes": (
+            lambda: rn.MixtureBase(1, num_components=2).start_at(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1)),
+            r"got \(1,\), \(1, 1\), \(1, 1, 1\)",
+        ),
+        "full": (
+            lambda: rn.MixtureBase(2, num_components=3, full=False).start_at(*three_normals()),
+            "diagonal if the base has full=False",
+        ),
+    },
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

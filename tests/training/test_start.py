@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+import warnings
+
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import small, table
+
+import pyro_realnvp as rn
+
+FAR = "are far from the base"
+
+
+def far_rows(num=2000):
+    """Years and prices: independent normals, whose entropy is known."""
+    return torch.randn(num, 2) * torch.tensor([5.0, 1e5]) + torch.tensor([2015.0, 3e5])
+
+
+ENTROPY = math.log(2 * math.pi * math.e) + math.log(5.0) + math.log(1e5)
+
+
+def run(flow, x, num_steps=100, **options):
+    return rn.fit(flow, x, num_steps=num_steps, progress=False, seed=0, **options)
+
+
+def test_far_rows_are_standardized_by_a_layer():
+    flow, x = rn.Flow(rn.real_nvp(2, num_couplings=4)), far_rows()
+    with pytest.warns(
+        RuntimeWarning, match=r"columns \[0, 1\] of x are far from the base \(column 0 has the median 2015"
+    ):
+        run(flow, x)
+    layer = flow.bijection.parts[-1].inv
+    assert isinstance(layer, rn.Standardize)
+    torch.testing.assert_close(layer.std, torch.tensor([5.0, 1e5]), rtol=0.1, atol=0)
+    assert -flow().log_prob(far_rows(20_000)).mean().item() == pytest.approx(ENTROPY, abs=0.03)
+    run(flow, x)  # the second time there is nothing to do, and no warning
+
+
+def test_a_loader_and_bounded_columns():
+    x = torch.stack([1e5 * torch.randn(2000).exp(), torch.rand(2000)], -1)
+    loader = torch.utils.data.DataLoader(x, batch_size=500, shuffle=True)
+    unbound = rn.Unbound([0.0, 0.0], [torch.inf, 1.0])
+    flow = rn.Flow(rn.Compose([small(2), unbound.inv]))
+    with pytest.warns(RuntimeWarning, match=r"columns \[0\] of x are far from the base"):
+        run(flow, loader)
+    assert [type(part.inv).__name__ for part in flow.bijection.parts[1:]] == ["Standardize", "Unbound"]
+    entropy = math.log(1e5) + 0.5 * math.log(2 * math.pi * math.e)
+    assert -flow().log_prob(x).mean().item() == pytest.approx(entropy, abs=0.15)
+
+
+def test_far_contexts_are_standardized_by_an_embedding():
+    """theta ~ N(0, 1), x = 1000 + theta + N(0, 1/2), so that theta given 1001 is N(0.8, 0.2)."""
+    torch.manual_seed(0)
+    theta = torch.randn(4000, 2)
+    x = 1000 + theta + 0.5 * torch.randn(4000, 2)
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=4, context_dim=2))
+    with pytest.warns(
+        RuntimeWarning, match=r"columns \[0, 1\] of the context .* the flow now has embedding=Standardize\(2\)"
+    ):
+        run(flow, theta, num_steps=400, context=x)
+    draws = flow(torch.tensor([1001.0, 999.0])).sample((5000,))
+    torch.testing.assert_close(draws.mean(0), torch.tensor([0.8, -0.8]), atol=0.08, rtol=0)
+    torch.testing.assert_close(draws.std(0), torch.full((2,), 0.447), atol=0.05, rtol=0)
+
+
+@table(
+    "x, context",
+    {
+        "standard": (lambda: torch.randn(500, 2), None),
+        "a few extreme rows": (lambda: torch.cat([torch.randn(499, 2), torch.full((1, 2), 1e3)]), None),
+        "heavy tails": (lambda: dist.StudentT(1.0).sample((500, 2)), None),
+        "rare labels": (lambda: torch.randn(500, 2), lambda: torch.eye(20)[torch.arange(500) % 20]),
+    },
+)
+def test_data_near_the_base_change_nothing(x, context):
+    x, context = x(), None if context is None else context()
+    flow = rn.Flow(small(2, context_dim=0 if context is None else context.shape[1]))
+    parts = list(flow.bijection.parts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the held-out rows|the training has raised|.*steps had a loss")
+        run(flow, x, num_steps=2, context=context)
+    assert list(flow.bijection.parts) == parts and flow.embedding is None
+
+
+def test_the_user_may_opt_out():
+    flow = rn.Flow(small(2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the training has raised|.*steps had a loss")
+        run(flow, far_rows(), num_steps=2, standardize=False)
+    assert len(flow.bijection.parts) == len(small(2).parts)
+
+
+def test_a_trained_flow_keeps_its_layers():
+    flow = rn.Flow(small(2))
+    run(flow, 2 * torch.randn(500, 2))
+    with pytest.warns(RuntimeWarning, match="the flow is no longer new"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the training has raised|.*steps had a loss")
+        run(flow, far_rows(), num_steps=2)
+    assert len(flow.bijection.parts) == len(small(2).parts)
+
+
+def test_a_base_elsewhere_is_the_scale():
+    base = rn.Base(dist.Normal, loc=torch.tensor([100.0, 0.0]), scale=torch.tensor([20.0, 1.0]))
+    x = torch.randn(500, 2) * torch.tensor([20.0, 1.0]) + torch.tensor([100.0, 0.0])
+    flow = rn.Flow(small(2), base=base)
+    run(flow, x, num_steps=2)
+    with pytest.warns(RuntimeWarning, match=r"columns \[0\]"):
+        run(flow := rn.Flow(small(2), base=base), 10 * x, num_steps=2)
+    torch.testing.assert_close(
+        flow.bijection(torch.tensor([120.0, 0.0])), torch.tensor([1200.0, 0.0]), rtol=0.1, atol=5.0
+    )
+
+
+def test_a_saved_flow_loads_into_one_with_the_layer(tmp_path):
+    flow, x = rn.Flow(small(2)), far_rows()
+    with pytest.warns(RuntimeWarning, match=FAR):
+        run(flow, x, num_steps=10)
+    rn.save(flow, tmp_path / "flow.pt")
+    other = rn.Flow(rn.Compose([small(2), rn.Standardize(2).inv]))
+    rn.load(other, tmp_path / "flow.pt")
+    torch.testing.assert_close(other().log_prob(x), flow().log_prob(x))
+
+
+def test_a_resumed_training_gets_the_same_layer(tmp_path):
+    x, options = far_rows(), {"checkpoint": tmp_path / "fit.pt", "checkpoint_every": 10}
+    flows = [rn.Flow(small(2)), rn.Flow(small(2))]
+    flows[1].load_state_dict(flows[0].state_dict())
+    with pytest.warns(RuntimeWarning, match=FAR):
+        run(flows[0], x, callbacks=[lambda history: len(history.loss) == 20], **options)
+    with pytest.warns(RuntimeWarning, match=FAR):
+        run(flows[1], x, **options)
+    torch.testing.assert_close(flows[1].bijection.parts[-1].inv.mean, flows[0].bijection.parts[-1].inv.mean)
