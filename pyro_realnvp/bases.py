@@ -60,7 +60,7 @@ class Base(nn.Module):
         if self.learnable:
             parameters = {name: self._constrain(name)(value) for name, value in parameters.items()}
         base = self.distribution(**parameters, validate_args=False)
-        return base.to_event(len(base.batch_shape))
+        return dist.Independent(base, len(base.batch_shape), validate_args=False)
 
 
 class MixtureBase(nn.Module):

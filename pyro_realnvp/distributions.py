@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
-from .bijections.inputs import check_context
+from .bijections.inputs import check_context, check_tensor
 from .bijections.memo import forget_param_store
 from .bijections.shapes import inner_point, strictly_inside, sum_events
 
@@ -25,6 +25,7 @@ class FlowDistribution(dist.TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value) in nats, shaped like the batch; -inf where an entry lies on a bound of the support or beyond."""
         (transform,) = self.transforms
+        check_tensor("log_prob", value)
         if self._validate_args and not torch.compiler.is_compiling():  # compiled code cannot branch on values
             if value.shape[value.dim() - self.event_dim :] != self.event_shape or not value.is_floating_point():
                 transform._check(value, forward=False)  # raises an error that says what to do
@@ -54,12 +55,24 @@ class FlowDistribution(dist.TransformedDistribution):
                 f"{type(self.base_dist).__name__} has no rsample, so its draws have no gradients: use sample() and "
                 "log_prob(), or a base that has"
             )
-        x = self.base_dist.rsample(torch.Size(sample_shape))
+        x = self.base_dist.rsample(_shape(sample_shape))
         y, ladj = transform._evaluate(x, forward=True, remember=False)
         return y, self.base_dist.log_prob(x) - self._sum(ladj)
 
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return super().sample(_shape(sample_shape))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return super().rsample(_shape(sample_shape))
+
     def _sum(self, ladj: Tensor) -> Tensor:
         return sum_events(ladj, self.event_dim - self.transforms[0].codomain.event_dim)
+
+
+def _shape(sample_shape: Sequence[int]) -> torch.Size:
+    if isinstance(sample_shape, int):
+        raise TypeError(f"expected a sample_shape; got {sample_shape}: pass ({sample_shape},)")
+    return torch.Size(sample_shape)
 
 
 class Flow(nn.Module):
@@ -135,6 +148,11 @@ class Flow(nn.Module):
                 "declare its axes as events with .to_event()"
             )
 
+    @property
+    def takes_context(self) -> bool:
+        """Whether calling the flow requires a context."""
+        return bool(self.bijection.context_dim or getattr(self.base, "context_dim", 0))
+
     def compile(self, **options) -> None:
         """Compiles both directions of the bijection: see :meth:`Bijection.compile`."""
         self.bijection.compile(**options)
@@ -162,6 +180,8 @@ class Flow(nn.Module):
             return FlowDistribution(self.base(base_context, temperature=temperature), [bijection])
         base = self.base()
         if temperature != 1.0:
+            if not base.mean.isfinite().all():
+                raise ValueError("expected a base with a mean, about which temperature scales it: use temperature=1")
             scale = dist.transforms.AffineTransform((1 - temperature) * base.mean, temperature, len(base.event_shape))
             base = dist.TransformedDistribution(base, [scale], validate_args=False)
         return FlowDistribution(base, [bijection])

@@ -163,6 +163,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 patience=self.patience,
                 seed=seeds[1],
                 compile=self.compile,
+                standardize=False,  # the flow standardizes all columns already
                 progress=bool(self.verbose),
             )
         self.flow_ = flow.eval()
@@ -200,11 +201,11 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         # Rows without weight may score -inf, and 0 times -inf would make the mean nan.
         return float(np.average(np.where(weights > 0, scores, 0), weights=weights))
 
-    def sample(self, n_samples: int = 1, random_state=None, *, context=None) -> np.ndarray:
+    def sample(self, n_samples: int | None = None, random_state=None, *, context=None) -> np.ndarray:
         """Draws rows from the fitted density.
 
         Args:
-            n_samples: the number of rows to draw.
+            n_samples: the number of rows to draw; by default one, or one for each row of the context.
             random_state: an int, a numpy ``RandomState`` or None.
             context: the context of each row, ``(n_samples, n_context)``, or one context for all, ``(1, n_context)``.
 
@@ -212,13 +213,22 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             The rows, ``(n_samples, n_features)``.
 
         Raises:
-            ValueError: ``n_samples`` is less than 1, or the columns of the context are not those of :meth:`fit`.
+            ValueError: ``n_samples`` is less than 1, the context has neither one row nor ``n_samples``, or its columns
+                are not those of :meth:`fit`.
         """
         check_is_fitted(self)
+        if context is not None:
+            context = check_array(context, dtype=self.low_.dtype, input_name="context")
+        if n_samples is None:
+            n_samples = 1 if context is None else len(context)
         if n_samples < 1:
             raise ValueError(f"expected n_samples >= 1; got {n_samples}")
         if context is not None:
-            context = check_array(context, dtype=self.low_.dtype, input_name="context")
+            if len(context) not in (1, n_samples):
+                raise ValueError(
+                    f"expected one context, or one for each of the {n_samples} rows to draw; got {len(context)}: leave "
+                    "n_samples out to draw one row for each context"
+                )
             context = np.broadcast_to(context, (n_samples, context.shape[1]))
         context = self._standard_context(self._check_context(context, np.empty((n_samples, 0), self.low_.dtype)))
         with _seeded(check_random_state(random_state), self.device), torch.no_grad():

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints, transform_to
 
 from .bijection import Bijection
+from .inputs import check_tensor
 
 
 class Standardize(Bijection):
@@ -117,6 +118,24 @@ class Logit(Bijection):
         return torch.lerp(low, high, torch.sigmoid(y)), -self._ladj(y)  # lerp is exact at both ends.
 
 
+class _Box(constraints.Constraint):
+    """Vectors with entries between bounds, which may be infinite, unlike those of torch's own constraints."""
+
+    event_dim = 1
+
+    def __init__(self, low: Tensor, high: Tensor):
+        self.lower_bound, self.upper_bound = low, high
+
+    def check(self, value: Tensor) -> Tensor:
+        return ((self.lower_bound <= value) & (value <= self.upper_bound)).all(-1)
+
+
+@biject_to.register(_Box)
+@transform_to.register(_Box)
+def _(constraint: _Box) -> Bijection:
+    return Unbound(constraint.lower_bound, constraint.upper_bound).inv
+
+
 class Unbound(Bijection):
     r""":math:`y_i = \log(x_i - l_i) - \log(h_i - x_i),\quad
     \log|\det \partial y / \partial x| = \sum_i \log(h_i - l_i) - \log(x_i - l_i) - \log(h_i - x_i)`: entries in
@@ -158,7 +177,7 @@ class Unbound(Bijection):
 
     @property
     def domain(self) -> constraints.Constraint:
-        return constraints.independent(constraints.interval(self.low, self.high), 1)
+        return _Box(self.low, self.high)
 
     def _bounded(self) -> tuple[Tensor, Tensor]:
         return self.low.isfinite(), self.high.isfinite()
@@ -193,7 +212,8 @@ def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) 
     The standard deviation of a constant column is exactly 0. The errors are those of `Standardize.fit`, except that a
     constant column is none.
     """
-    rows = torch.as_tensor(x).reshape(-1, x.shape[-1] if x.dim() else 1)
+    check_tensor("fit", x)
+    rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
     if rows.shape[-1] != input_dim or len(rows) < 2:
         raise ValueError(f"expected at least two rows of {input_dim} columns; got shape {tuple(x.shape)}")
     bad = (~rows.isfinite()).any(-1).sum()

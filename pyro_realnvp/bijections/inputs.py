@@ -46,11 +46,16 @@ def check_even(what: str, shape: Sequence[int]) -> None:
         )
 
 
+def check_tensor(who: str, value: object) -> None:
+    """Raises an error if the value is not a tensor, such as an array."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who} expected a tensor; got {type(value).__name__}: pass torch.as_tensor(value)")
+
+
 def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None:
     """Raises an error if the shape, dtype or device of `value` does not fit, or if a context is missing."""
     name = type(bijection).__name__
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} expected a tensor; got {type(value).__name__}: pass torch.as_tensor(value)")
+    check_tensor(name, value)
     shape_of(value.shape)
     if not value.is_floating_point():
         raise TypeError(
@@ -89,11 +94,13 @@ def check_context(bijection: nn.Module, context: Tensor | None) -> None:
             f"{name} takes no context, but one was given: build it with context_dim=, or, inside "
             "ConditionalTransformedDistribution, put it into a Compose with the parts that take a context"
         )
-    if not isinstance(context, Tensor) or context.dim() == 0 or context.shape[-1] != width:
-        got = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
-        labels = isinstance(context, Tensor) and not context.is_floating_point()
-        remedy = f": labels enter as torch.nn.functional.one_hot(labels, {width}).float()" if labels else ""
-        raise ValueError(f"{name} expected a context of shape (..., {width}); got {got}{remedy}")
+    check_tensor(name, context)
+    if context.dim() == 0 or context.shape[-1] != width:
+        remedy = f": labels enter as torch.nn.functional.one_hot(labels, {width}).float()"
+        raise ValueError(
+            f"{name} expected a context of shape (..., {width}); got shape {tuple(context.shape)}"
+            + remedy * (not context.is_floating_point())
+        )
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(context.device.type):
         return
     own = next(bijection.parameters(), context)

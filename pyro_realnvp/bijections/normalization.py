@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .bijection import Bijection
 from .elementwise import column_statistics
-from .inputs import check_event_shape
+from .inputs import check_event_shape, check_tensor
 from .shapes import along_channels, channel_events, positions
 
 
@@ -93,6 +93,7 @@ class ActNorm(_Normalization):
         Args:
             x: at least two rows, of shape ``(..., D)``, or images of shape ``(..., D, H, W)``.
         """
+        check_tensor("initialize", x)
         check_event_shape(self, x.shape, self.event_shape)
         loc, scale = column_statistics(self._rows(x), self.event_shape[0])
         self.loc.copy_(loc)

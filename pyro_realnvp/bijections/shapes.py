@@ -11,6 +11,13 @@ def real_events(event_dim: int) -> constraints.Constraint:
     return constraints.independent(constraints.real, event_dim) if event_dim else constraints.real
 
 
+def differs(x: Tensor, other: Tensor) -> Tensor:
+    """Whether values differ by more than rounding."""
+    if not x.is_floating_point():
+        return x != other
+    return (x - other).abs() > 8 * torch.finfo(x.dtype).eps * other.abs()
+
+
 def sum_events(x: Tensor, event_dim: int) -> Tensor:
     """Returns the sum over the last `event_dim` axes."""
     return x.sum(tuple(range(-event_dim, 0))) if event_dim else x

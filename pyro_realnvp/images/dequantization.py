@@ -128,7 +128,8 @@ class Dequantized(dist.TorchDistribution):
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(
                 f"Dequantized expected integer levels 0, ..., {self.levels - 1}; got {got}: "
-                "pass value.long(), or score real images with the distribution inside"
+                f"pass (x * {self.levels - 1}).round().long() if x is in [0, 1], or score real images with the "
+                "distribution inside"
             )
         check_event_shape(self, value.shape, self.event_shape)
         # Compiled code cannot branch on values, so the range is not checked there.
@@ -203,6 +204,11 @@ class DequantizedFlow(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}"
+
+    @property
+    def takes_context(self) -> bool:
+        """Whether calling the flow requires a context."""
+        return self.flow.takes_context
 
     def forward(
         self, context: Tensor | None = None, *, temperature: float = 1.0, num_samples: int | None = None

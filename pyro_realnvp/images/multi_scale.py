@@ -252,6 +252,6 @@ def _checked(image_shape: Sequence[int], num_scales: int | None) -> tuple[torch.
         raise ValueError(
             f"expected height and width to be multiples of {multiple}, for {num_scales} scales; "
             f"got (C, H, W) = {tuple(image_shape)}: pad the images, "
-            f"e.g. torch.nn.functional.pad(x, (0, {up[1]}, 0, {up[0]})), or use fewer scales"
+            f"e.g. torch.nn.functional.pad(x, (0, {up[1]}, 0, {up[0]}))" + ", or use fewer scales" * (num_scales > 1)
         )
     return torch.Size(image_shape), num_scales

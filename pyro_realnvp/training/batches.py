@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from . import distributed
 from .checkpoint import random_state, set_random_state
-from .rows import Batch, Rows
+from .rows import Batch, Rows, bad_rows, raise_bad_rows
 
 _SOME_ROWS = 4096
+_MOST_BATCHES = 100_000
 
 
 class HeldOut:
@@ -72,8 +73,9 @@ class Stream:
     over these batches. The loader must yield the same batches from the same random states for this to be exact.
     """
 
-    def __init__(self, flow: nn.Module, source: Iterable):
-        self.source, self.own = source, next(flow.parameters())
+    def __init__(self, flow: nn.Module, source: Iterable, *, must_end: bool = False):
+        self.must_end = must_end
+        self.flow, self.source, self.own = flow, source, next(flow.parameters())
         self.epoch = self.position = 0
         self.start: dict = {}
         self.batches: Iterator | None = None
@@ -81,7 +83,9 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         """Makes one pass over the source."""
         batch = None
-        for batch in self.source:
+        for number, batch in enumerate(self.source):
+            if self.must_end and number == _MOST_BATCHES:
+                raise ValueError(f"expected validation data that end; got {_MOST_BATCHES} batches: pass a finite part")
             yield self._batch(batch)
         if batch is None:
             raise ValueError(
@@ -95,8 +99,14 @@ class Stream:
             raise ValueError(
                 f"expected batches of x or (x, context); got batches of {len(batch)} tensors: drop the others"
             )
-        values = (torch.as_tensor(value) for value in (x, *rest))
-        return Batch(*(value.to(self.own.device, non_blocking=True) for value in values))
+        batch = Batch(*(torch.as_tensor(value) for value in (x, *rest)))
+        if rest and not getattr(self.flow, "takes_context", True):
+            raise ValueError(
+                f"the {type(self.source).__name__} yields two tensors, but the flow takes no context: if the second "
+                "is a label, let it yield x alone, or build the flow with context_dim= and yield one-hot labels"
+            )
+        raise_bad_rows(bad_rows(batch, getattr(getattr(self.flow, "bijection", None), "codomain", None)), len(batch.x))
+        return Batch(*(value if value is None else value.to(self.own.device, non_blocking=True) for value in batch))
 
     def __next__(self) -> Batch:
         if self.batches is None:
@@ -229,8 +239,13 @@ def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[Rows]
         rows = Rows(flow, *validation, train=False)
     elif _are_rows(validation):
         rows = Rows(flow, validation, train=False)
+    elif isinstance(validation, Iterator):
+        raise ValueError(
+            "expected validation data that each validation can read again; "
+            f"got a {type(validation).__name__}: pass rows, or a DataLoader"
+        )
     else:
-        return Stream(flow, validation), []
+        return Stream(flow, validation, must_end=True), []
     return HeldOut(rows, torch.arange(len(rows))), [rows]
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fitting flows by maximum likelihood."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -190,7 +191,7 @@ def fit(
             loss,
             validate,
             progress=progress,
-            remedy="lower lr, or rescale x",
+            remedy="lower lr, or look for extreme values in x",
             # The start of a flow that data will initialize says nothing.
             validate_start=held_out is not None and not any(bijection.needs_data for bijection in bijections),
             callbacks=callbacks,
@@ -213,7 +214,8 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
         )
     # A start that is as good as the end may be the best there is, as for normal data that are standardized.
     is_worse = history.best_step == 0 and not history.validation_loss[-1] <= history.best_loss + _WORSE
-    if is_worse and history.stopped in ("finished", "early"):
+    has_start = math.isfinite(history.best_loss)
+    if is_worse and has_start and history.stopped in ("finished", "early"):
         warnings.warn(
             f"the training has raised the held-out loss from {history.best_loss:.4g} to "
             f"{history.validation_loss[-1]:.4g}, so the flow keeps the weights it came with: take a lower lr, more "

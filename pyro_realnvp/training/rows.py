@@ -2,13 +2,19 @@
 """Rows of data, which are checked once and read batch by batch."""
 
 import math
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
+
+from ..bijections.shapes import differs, strictly_inside
+from ..distributions import Flow
 
 _ENTRIES_PER_PASS = 2**20
 _ROWS_PER_PASS = 4096
@@ -34,7 +40,9 @@ class Rows:
 
     def __init__(self, flow: nn.Module, x, context=None, weights=None, *, train: bool = True):
         self.own = next(flow.parameters())
-        x = _checked(self.own, x, "x", integer=getattr(flow, "is_discrete", False))
+        self.levels = flow.levels if getattr(flow, "is_discrete", False) else None
+        self.support = flow.bijection.codomain if isinstance(flow, Flow) else None
+        x = _checked(self.own, x, "x", levels=self.levels)
         event_shape = tuple(getattr(flow, "event_shape", x.shape[1:]))
         if not x.ndim or tuple(x.shape[1:]) != event_shape:
             raise ValueError(f"expected x of shape (N, {', '.join(map(str, event_shape))}); got {tuple(x.shape)}")
@@ -70,21 +78,24 @@ class Rows:
     def _check_values(self, train: bool) -> None:
         """Reads all rows once, and raises an error for nan, inf and constant columns."""
         first = self[torch.arange(1)].x.flatten()
-        bad, varies = dict.fromkeys(Batch._fields, 0), torch.zeros_like(first, dtype=torch.bool)
+        bad, varies, highest = Counter(), torch.zeros_like(first, dtype=torch.bool), 0
         for batch in self.in_order(torch.arange(len(self))):
-            varies |= (batch.x.flatten(1) != first).any(0)
-            for name, values in zip(Batch._fields, batch):
-                if values is not None:
-                    bad[name] += int((~values.reshape(len(values), -1).isfinite()).any(1).sum())
-        for name, number in bad.items():
-            if number:
-                raise ValueError(
-                    f"expected finite values; got nan or inf in {number} of {len(self)} rows of {name}: drop these rows"
-                )
+            varies |= differs(batch.x.flatten(1), first).any(0)
+            bad += Counter(bad_rows(batch, self.support))
+            highest = highest if self.levels is None else max(highest, int(batch.x.long().max()))
+        raise_bad_rows(bad, len(self))
         constant = (~varies).nonzero().squeeze(-1).tolist()
         # Integer levels may be constant, since dequantization adds noise to them.
-        if constant and train and first.is_floating_point():
-            raise ValueError(f"columns {constant[:10]} of x are constant and have no density: drop them or add noise")
+        if constant and train and self.levels is None:
+            what, remedy = ("columns", "drop them") if self.columns.x.ndim == 2 else ("pixels", "use a DequantizedFlow")
+            raise ValueError(f"{what} {constant[:10]} of x are constant and have no density: {remedy} or add noise")
+        if self.levels is not None and highest <= 1 < self.levels - 1:
+            warnings.warn(
+                f"all values of x are 0 or 1, while the flow has {self.levels} levels: if x was in [0, 1], pass "
+                f"{_to_levels(self.levels)}; if the images are binary, build the flow with levels=2",
+                RuntimeWarning,
+                stacklevel=6,
+            )
 
     def in_order(self, rows: Tensor) -> Iterator[Batch]:
         """Yields the rows with these numbers once, in large batches."""
@@ -105,16 +116,49 @@ class Rows:
         return zlib.crc32(str(len(self)).encode() + b"".join(parts))
 
 
-def _checked(own: Tensor, values, name: str, *, integer: bool = False) -> Tensor | np.ndarray:
+def bad_rows(batch: Batch, support: constraints.Constraint | None) -> dict[str, int]:
+    """The number of rows that no flow can fit, by what is wrong with them.
+
+    Args:
+        batch: the rows.
+        support: the support of the flow; ``None`` for a flow of integers, or if it is unknown.
+    """
+    bad = {}
+    for name, values in zip(Batch._fields, batch):
+        if values is not None:
+            what = f"expected finite values; got nan or inf in {{}} rows of {name}: drop these rows"
+            bad[what] = ~values.reshape(len(values), -1).isfinite().all(1)
+    inside = None if support is None else strictly_inside(support, batch.x)
+    if inside is not None:
+        what = "expected rows inside the support of the flow; got {} rows of x on a bound or beyond, where the density "
+        bad[what + "is 0: move them inside, or give the flow a wider support"] = ~inside.flatten(1).all(1)
+    return {what: int(is_bad.sum()) for what, is_bad in bad.items()}
+
+
+def raise_bad_rows(bad: Mapping[str, int], num_rows: int) -> None:
+    """Raises an error if there are bad rows."""
+    for what, number in bad.items():
+        if number:
+            raise ValueError(what.format(f"{number} of {num_rows}"))
+
+
+def _to_levels(levels: int) -> str:
+    return f"(x * {levels - 1}).round().long()"
+
+
+def _checked(own: Tensor, values, name: str, *, levels: int | None = None) -> Tensor | np.ndarray:
     """Checks the type, dtype and device of values, and returns them as a tensor or as a memory-mapped array."""
+    integer = levels is not None
     is_array = isinstance(values, np.ndarray)
     if isinstance(values, np.ma.MaskedArray) or (not is_array and not isinstance(values, Tensor)):
         kind = "a tensor or an array of integer levels" if integer else "a tensor or a floating-point array"
         raise TypeError(f"expected {name} to be {kind}; got {type(values).__name__}")
     is_floating = np.issubdtype(values.dtype, np.floating) if is_array else values.is_floating_point()
     if integer and (is_floating or (is_array and not np.issubdtype(values.dtype, np.integer))):
-        remedy = f"{name}.astype(int)" if is_array else f"{name}.long()"
-        raise TypeError(f"expected {name} to hold integer levels; got values of {values.dtype}: pass {remedy}")
+        raise TypeError(
+            f"expected x to hold integer levels 0, ..., {levels - 1}; got values of {values.dtype}: if they are in "
+            f"[0, 1], pass {_to_levels(levels)}; if they are levels, pass x.long()" + " of a tensor" * is_array
+        )
     if is_array:
         if not integer and not is_floating:
             raise TypeError(f"expected {name} to be a tensor or a floating-point array; got an array of {values.dtype}")

@@ -14,6 +14,7 @@ from ..distributions import Flow
 from .rows import Batch
 
 _FAR = 10.0
+_EXTREME = 1e8  # scales from the median, which no distribution but a fill value reaches
 _QUARTILES_OF_NORMAL = 1.349  # the distance between the quartiles of a standard normal
 
 
@@ -34,6 +35,8 @@ def start(flow: nn.Module, some: Callable[[], Batch], *, standardize: bool) -> N
         return
     was_training, batch = flow.training, some()
     flow.eval()
+    for name, values in zip(Batch._fields[:2], batch):
+        _warn_of_fill_values(name, values)
     if standardize and batch.context is not None and flow.embedding is None:
         _standardize_context(flow, batch.context)
     if standardize:
@@ -43,6 +46,20 @@ def start(flow: nn.Module, some: Callable[[], Batch], *, standardize: bool) -> N
         finite = z.isfinite().all(-1)
         flow.base.initialize(z[finite], None if batch.weights is None else batch.weights[finite])
     flow.train(was_training)
+
+
+def _warn_of_fill_values(name: str, values: Tensor | None) -> None:
+    if values is None:
+        return
+    loc, scale = _location_and_scale(values)
+    extreme = (values - loc).abs() > _EXTREME * scale
+    if extreme.any():
+        warnings.warn(
+            f"{int(extreme.any(1).sum())} of {len(values)} rows of {name} hold values such as "
+            f"{values[extreme][0].item():.4g}, far beyond all others: if these are fill values, drop the rows",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def _standardize_context(flow: Flow, context: Tensor) -> None:
