@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the estimator finds out about a table: bounds of its columns, weights of its rows, narrow directions."""
+"""What the estimator knows or finds out about a table: the kinds of its columns, weights, ties, narrow directions."""
 
+import math
 import numbers
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -11,47 +15,145 @@ from torch import Tensor
 
 from .bijections.linear import TriangularAffine, triangular_root
 
-_NAMED_SUPPORTS = {"real": (None, None), "positive": (0.0, None)}
 _NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
 _LEAST_VARIANCE = 1e-12
+_NOISE_POINTS = 16
+_FEW_ROWS = 50  # fewer say nothing about ties
+_MOST_COPIES = 0.05  # of the rows, above which a warning says that rows are repeated
 
 
-def bounds_of(support, num_columns: int, names: Sequence[str] = ()) -> tuple[list[float], list[float]]:
-    """The lower bounds and the upper bounds of the columns, infinite where there is none.
+@dataclass(frozen=True)
+class Column:
+    """The values that a column may take: an interval, whole numbers in it, or a circle."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    is_integer: bool = False
+    period: float | None = None
+
+
+_NAMED = {
+    "real": Column(),
+    "positive": Column(low=0.0),
+    "integer": Column(is_integer=True),
+    "count": Column(low=0.0, is_integer=True),
+    "circular": Column(period=2 * math.pi),
+}
+
+
+class Columns:
+    """The columns of a table.
+
+    Whole numbers get uniform noise, so that the density of the flow at x + u is that of a real number, and its mean
+    over u the probability of x. A circle is cut open where it is emptiest; the density at an angle is the sum of the
+    densities at all points of the line that are this angle.
 
     Args:
         support: as in :class:`RealNVPDensity`.
-        num_columns: the number of columns.
+        X: the rows to fit.
         names: the names of the columns, if they have any.
 
     Raises:
         ValueError: The support is not of a known form, or does not fit the columns.
     """
-    supports = ["real"] * num_columns
+
+    def __init__(self, support, X: np.ndarray, names: Sequence[str] = ()):
+        self.each = _columns(support, X.shape[1], names)
+        self.low, self.high = (np.array([getattr(c, side) for c in self.each], X.dtype) for side in ("low", "high"))
+        self.is_integer = np.array([c.is_integer for c in self.each])
+        self.period = np.array([c.period or np.inf for c in self.each], X.dtype)
+        self.cut = np.array([_emptiest(x, c.period) if c.period else -np.inf for x, c in zip(X.T, self.each)], X.dtype)
+
+    def is_inside(self, X: np.ndarray) -> np.ndarray:
+        """Which rows lie inside of the support."""
+        inside = np.where(self.is_integer, (X >= self.low) & (X == np.floor(X)), X > self.low)
+        return (inside & (X < self.high)).all(1)
+
+    def unwrap(self, X: np.ndarray) -> np.ndarray:
+        """The rows with each angle in the one period that begins at the cut."""
+        is_circle = np.isfinite(self.period)
+        period, cut = np.where(is_circle, self.period, 1), np.where(is_circle, self.cut, 0)
+        return np.where(is_circle, cut + (X - cut) % period, X)
+
+    def restore(self, X: np.ndarray) -> np.ndarray:
+        """Samples of the flow as rows of the table: whole numbers, and angles in one period."""
+        return self.unwrap(np.where(self.is_integer, np.floor(X), X))
+
+    def add_noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Rows with uniform noise in the columns of whole numbers."""
+        if not self.is_integer.any():
+            return x
+        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        return x + noise * torch.from_numpy(self.is_integer).to(x)
+
+    def points(self, X: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
+        """Points at which the densities of the flow, with these weights, add up to the density of each row."""
+        X = self.unwrap(X)
+        circles = np.flatnonzero(np.isfinite(self.period))
+        noise = _lattice(int(self.is_integer.sum()))
+        for turns in product((-1, 0, 1), repeat=len(circles)):
+            for u in noise:
+                points = X.copy()
+                points[:, circles] += turns * self.period[circles]
+                points[:, self.is_integer] += u
+                yield points, 1 / len(noise)
+
+
+def _columns(support, num_columns: int, names: Sequence[str]) -> list[Column]:
+    columns = ["real"] * num_columns
     if isinstance(support, Mapping):
         for key, one in support.items():
             column = list(names).index(key) if key in names else key
             if not isinstance(column, numbers.Integral) or not 0 <= column < num_columns:
                 raise ValueError(f"expected support to name columns of {list(names) or num_columns}; got {key!r}")
-            supports[column] = one
-    elif isinstance(support, str) or _is_pair(support):
-        supports = [support] * num_columns
+            columns[column] = one
+    elif isinstance(support, str) or _is_pair(support) or _is_circle(support):
+        columns = [support] * num_columns
     elif len(support) == num_columns:
-        supports = list(support)
+        columns = list(support)
     else:
         raise ValueError(f"expected a support for each of the {num_columns} columns; got {len(support)}")
-    pairs = [_NAMED_SUPPORTS.get(one, one) if isinstance(one, str) else one for one in supports]
-    for pair in pairs:
-        if not _is_pair(pair):
-            raise ValueError(f"expected 'real', 'positive' or a pair (low, high), None for no bound; got {pair!r}")
-    low = [-torch.inf if low is None else low for low, _ in pairs]
-    high = [torch.inf if high is None else high for _, high in pairs]
-    return low, high
+    return [_column(one) for one in columns]
+
+
+def _column(one) -> Column:
+    if isinstance(one, str) and one in _NAMED:
+        return _NAMED[one]
+    if _is_circle(one):
+        return Column(period=float(one[1]))
+    if _is_pair(one):
+        low, high = one
+        return Column(-math.inf if low is None else low, math.inf if high is None else high)
+    raise ValueError(
+        f"expected 'real', 'positive', 'integer', 'count', 'circular', a pair (low, high) with None for no bound, or "
+        f"('circular', period); got {one!r}"
+    )
 
 
 def _is_pair(support) -> bool:
     is_pair = isinstance(support, (tuple, list)) and len(support) == 2
     return is_pair and all(bound is None or isinstance(bound, numbers.Real) for bound in support)
+
+
+def _is_circle(support) -> bool:
+    is_pair = isinstance(support, (tuple, list)) and len(support) == 2 and support[0] == "circular"
+    return is_pair and isinstance(support[1], numbers.Real) and 0 < support[1] < math.inf
+
+
+def _emptiest(angles: np.ndarray, period: float) -> float:
+    """The middle of the widest arc without an angle, the point where a circle is cut open."""
+    angles = np.unique(angles % period)
+    gaps = np.diff(angles, append=angles[0] + period)
+    widest = gaps.argmax()
+    return float(angles[widest] + gaps[widest] / 2)
+
+
+def _lattice(dim: int) -> np.ndarray:
+    """Points that fill the unit cube evenly, ``(K, dim)``: a lattice of Korobov, moved to the middles of its cells."""
+    if not dim:
+        return np.zeros((1, 0))
+    generator = 5 ** np.arange(dim) % _NOISE_POINTS
+    return (np.arange(_NOISE_POINTS)[:, None] * generator / _NOISE_POINTS + 0.5 / _NOISE_POINTS) % 1
 
 
 def check_weights(sample_weight, X: np.ndarray) -> np.ndarray:
@@ -63,6 +165,35 @@ def check_weights(sample_weight, X: np.ndarray) -> np.ndarray:
     if (weights < 0).any() or not (weights > 0).any():
         raise ValueError("expected sample weights >= 0, at least one of them positive; got negative ones, or all zero")
     return weights
+
+
+def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
+    """Warns of what lets a density rise without bound: whole numbers, copies of columns, copies of rows."""
+    if len(X) < _FEW_ROWS:
+        return
+    is_real = ~columns.is_integer
+    whole = np.flatnonzero(is_real & (X == np.floor(X)).all(0))
+    whole = [int(k) for k in whole if 1 < len(np.unique(X[:, k])) < len(X) / 2]
+    if whole:
+        _warn(
+            f"columns {whole[:10]} hold whole numbers, where a density has no bound, so that its scores mean little: "
+            f'pass support={{{whole[0]}: "integer"}} (or "count") for probabilities of the numbers'
+        )
+    copies = len(X) - len(np.unique(X, axis=0))
+    if is_real.any() and copies > max(1, _MOST_COPIES * len(X)):
+        _warn(
+            f"{copies} of {len(X)} rows are copies of others, so that held-out rows are no test: drop them, and pass "
+            "sample_weight= if they count more"
+        )
+    standard = (X - X.mean(0)) / np.where(X.std(0) > 0, X.std(0), 1)
+    for k in np.flatnonzero(is_real):
+        same = [j for j in range(k) if is_real[j] and standard[:, k].any() and np.allclose(*standard[:, [j, k]].T)]
+        if same:
+            _warn(f"column {k} is a copy of column {same[0]}, where a density has no bound: drop one of them")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def whitening(z: Tensor, weights: Tensor | None) -> list[TriangularAffine]:

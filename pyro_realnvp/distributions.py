@@ -184,6 +184,9 @@ class Flow(nn.Module):
                 raise ValueError("expected a base with a mean, about which temperature scales it: use temperature=1")
             scale = dist.transforms.AffineTransform((1 - temperature) * base.mean, temperature, len(base.event_shape))
             base = dist.TransformedDistribution(base, [scale], validate_args=False)
+        if context is not None and context.dim() > 1:
+            # Torch would compare shapes of different lengths, and an exported graph would exclude a batch of D rows.
+            base = base.expand(context.shape[:-1])
         return FlowDistribution(base, [bijection])
 
     def embed(self, context: Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .bijections.compose import Compose
 from .bijections.elementwise import Standardize, Unbound
-from .columns import bounds_of, check_weights, whitening
+from .columns import Columns, check_weights, warn_of_ties, whitening
 from .distributions import Flow
 from .flows import real_nvp, spline_flow
 from .training.maximum_likelihood import fit
@@ -37,9 +37,11 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
     weights come early, while there is still noise.
 
     Args:
-        support: the range of the values: ``"real"``, ``"positive"`` or a pair (low, high), in which None stands for no
-            bound. A sequence gives each column its own range; a dict does so by column name or number and leaves the
-            other columns real.
+        support: the values of the columns: ``"real"``, ``"positive"``, a pair (low, high), in which None stands for no
+            bound, ``"integer"``, ``"count"`` for 0, 1, 2, ..., or ``("circular", period)`` for angles and hours
+            (``"circular"``: 2 pi). A sequence gives each column its own; a dict does so by column name or number and
+            leaves the other columns real. Whole numbers are dequantized: they get uniform noise, and their scores are
+            probabilities (Theis et al. 2016, section 3.1). On a circle, scores add up over its turns.
         noise: the standard deviation of the noise at the start of training, as a fraction of the standard deviation of
             the rows in each direction; 0 for none.
         num_couplings, hidden_dims: as in :func:`real_nvp`.
@@ -113,7 +115,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 negative or all zero, or the support does not fit the columns.
 
         Warns:
-            RuntimeWarning: Training steps were skipped because they were not finite.
+            RuntimeWarning: Training steps were skipped because they were not finite; or the density has no bound,
+                because columns hold undeclared whole numbers, or columns or many rows are copies of others.
         """
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=3)
         self.n_context_in_ = 0 if context is None else np.shape(context)[-1]
@@ -129,23 +132,26 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 "pass more rows, or a smaller validation="
             )
         held_out, rows = order[:num_held_out], order[num_held_out:]
-        bounds = bounds_of(self.support, X.shape[1], getattr(self, "feature_names_in_", ()))
-        self.low_, self.high_ = (np.array(side, X.dtype) for side in bounds)
-        outside = X[order][~self._is_inside(X[order])]
+        self.columns_ = Columns(self.support, X[order], getattr(self, "feature_names_in_", ()))
+        outside = X[order][~self.columns_.is_inside(X[order])]
         if len(outside):
             raise ValueError(
                 f"{len(outside)} of {len(X)} rows of X lie outside of the support, such as {outside[0]}: "
                 "pass another support=, or drop these rows"
             )
+        warn_of_ties(X[order], self.columns_)
+        X = self.columns_.unwrap(X)
         if context is not None:
             self.context_mean_ = np.average(context[rows], 0, None if sample_weight is None else sample_weight[rows])
             self.context_scale_ = np.where((context[rows] == context[rows][0]).all(0), 1, context[rows].std(0))
         columns = (X, self._standard_context(context), sample_weight)
         train, apart = ([c if c is None else self._tensor(c[p]) for c in columns] for p in (rows, held_out))
         x, context, weights = train
-        with _seeded(random, self.device):
-            flow = self._make_flow(x, weights)
         seeds = [int(seed) for seed in random.randint(2**31, size=2)]
+        noise = torch.Generator(x.device).manual_seed(seeds[0])
+        apart[0] = self.columns_.add_noise(apart[0], noise)
+        with _seeded(random, self.device):
+            flow = self._make_flow(self.columns_.add_noise(x, noise), weights)
         with warnings.catch_warnings():
             # The flow starts as a normal, and on few rows that may be the best there is.
             warnings.filterwarnings("ignore", message="the training has raised the held-out loss")
@@ -155,7 +161,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 context=context,
                 weights=weights,
                 validation=tuple(apart) if num_held_out else 0,
-                augment=self._add_noise(flow, x, seeds[0]) if self.noise else None,
+                augment=self._add_noise(flow, x, noise),
                 num_steps=self.num_steps,
                 batch_size=min(self.batch_size, len(x)),
                 lr=self.lr,
@@ -177,21 +183,23 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             context: the context of each row, ``(n_samples, n_context)``; required if :meth:`fit` had one.
 
         Returns:
-            log p in nats, ``(n_samples,)``; -inf for rows outside of the support.
+            log p in nats, ``(n_samples,)``; -inf for rows outside of the support. In columns of whole numbers, p is a
+            probability, averaged over 16 values of the noise.
 
         Raises:
             ValueError: The columns of X or of the context are not those of :meth:`fit`, or values are missing or
                 infinite.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=self.low_.dtype, reset=False)
+        X = validate_data(self, X, dtype=self.columns_.low.dtype, reset=False)
         context = self._standard_context(self._check_context(context, X))
         scores = np.full(len(X), -np.inf, dtype=X.dtype)
-        inside = np.flatnonzero(self._is_inside(X))
+        inside = np.flatnonzero(self.columns_.is_inside(X))
         with torch.no_grad():
-            for rows in np.array_split(inside, math.ceil(len(inside) / _ROWS_PER_PASS) or 1):
+            for rows in np.array_split(inside, math.ceil(len(inside) / _ROWS_PER_PASS)) if len(inside) else ():
                 density = self.flow_() if context is None else self.flow_(self._tensor(context[rows]))
-                scores[rows] = density.log_prob(self._tensor(X[rows])).cpu().numpy() if len(rows) else 0.0
+                each = [density.log_prob(self._tensor(x)) + math.log(w) for x, w in self.columns_.points(X[rows])]
+                scores[rows] = torch.stack(each).logsumexp(0).cpu().numpy()
         return scores
 
     def score(self, X, y=None, *, context=None, sample_weight=None) -> float:
@@ -218,7 +226,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         """
         check_is_fitted(self)
         if context is not None:
-            context = check_array(context, dtype=self.low_.dtype, input_name="context")
+            context = check_array(context, dtype=self.columns_.low.dtype, input_name="context")
         if n_samples is None:
             n_samples = 1 if context is None else len(context)
         if n_samples < 1:
@@ -230,11 +238,13 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                     "n_samples out to draw one row for each context"
                 )
             context = np.broadcast_to(context, (n_samples, context.shape[1]))
-        context = self._standard_context(self._check_context(context, np.empty((n_samples, 0), self.low_.dtype)))
+        context = self._standard_context(
+            self._check_context(context, np.empty((n_samples, 0), self.columns_.low.dtype))
+        )
         with _seeded(check_random_state(random_state), self.device), torch.no_grad():
-            if context is None:
-                return self.flow_().sample((n_samples,)).cpu().numpy()
-            return self.flow_(self._tensor(context)).sample().cpu().numpy()
+            density = self.flow_() if context is None else self.flow_(self._tensor(context))
+            rows = density.sample((n_samples,) if context is None else ()).cpu().numpy()
+        return self.columns_.restore(rows).astype(rows.dtype)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.tensor(values, device=self.device)
@@ -244,26 +254,30 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         dim = x.shape[1]
         options = {"context_dim": self.n_context_in_, "hidden_dims": self.hidden_dims}
         learned = real_nvp(dim, num_couplings=self.num_couplings, **options) if dim > 1 else spline_flow(**options)
-        low, high = self._tensor(self.low_), self._tensor(self.high_)
+        low, high = self._tensor(self.columns_.low), self._tensor(self.columns_.high)
         bounds = [Unbound(low, high)] if (low.isfinite() | high.isfinite()).any() else []
         unbounded = Compose(bounds)(x) if bounds else x
         standardize = Standardize(dim).to(x).fit(unbounded, weights)
         parts = [learned, *whitening(standardize(unbounded), weights), standardize.inv, *(f.inv for f in bounds)]
         return Flow(Compose(parts)).to(x)
 
-    def _add_noise(self, flow: Flow, x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
+    def _add_noise(self, flow: Flow, x: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
         """A function that adds noise to a batch.
 
-        The noise is normal with the covariance of the rows, scaled by a factor that falls to zero over the training. It
-        is added in the standardized coordinates, so that no row leaves the support.
+        Whole numbers get uniform noise. In all columns there is normal noise with the covariance of the rows, scaled by
+        a factor that falls to zero over the training. It is added in the standardized coordinates, so that no row
+        leaves the support.
         """
         fixed = [part for part in flow.bijection.parts[1:] if not any(p.requires_grad for p in part.parameters())]
         to_data = Compose(fixed)
         variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov()))
         factor = directions * variances.clamp(min=0).sqrt()
-        steps, generator = itertools.count(), torch.Generator(x.device).manual_seed(seed)
+        steps = itertools.count()
 
         def add(x: Tensor) -> Tensor:
+            x = self.columns_.add_noise(x, generator)
+            if not self.noise:
+                return x
             size = self.noise * max(0.0, 1 - next(steps) / self.num_steps) ** 2
             noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
             return to_data(to_data.inv(x) + size * noise @ factor.T)
@@ -281,9 +295,6 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         if got != expected:
             raise ValueError(f"expected a context of {expected or 'no'} columns, as in fit; got {got or 'none'}")
         return context
-
-    def _is_inside(self, X: np.ndarray) -> np.ndarray:
-        return ((X > self.low_) & (X < self.high_)).all(1)
 
 
 @contextmanager

@@ -156,8 +156,8 @@ def test_supports_by_the_names_of_columns():
     )
     density = small(support={"age": "positive", "share": (0, 1)}).fit(frame)
     assert density.feature_names_in_.tolist() == ["age", "share", "z"]
-    assert density.low_.tolist() == [0, 0, -np.inf]
-    assert density.high_.tolist() == [np.inf, 1, np.inf]
+    assert density.columns_.low.tolist() == [0, 0, -np.inf]
+    assert density.columns_.high.tolist() == [np.inf, 1, np.inf]
     assert density.score_samples(frame).shape == (100,)
     with pytest.raises(ValueError, match="feature names"):
         density.score_samples(frame[["z", "age", "share"]])
@@ -171,7 +171,7 @@ def test_supports_by_the_names_of_columns():
             r"300 of 300 rows of X lie outside of the support, such as \[.*\]: pass another support=",
         ),
         "too few": (["real"], "a support for each of the 2 columns; got 1"),
-        "unknown name": ("natural", "expected 'real', 'positive' or a pair .* got 'natural'"),
+        "unknown name": ("natural", "expected 'real', 'positive', 'integer', .* got 'natural'"),
         "triple": ([(0, 1, 2), "real"], r"got \(0, 1, 2\)"),
         "empty interval": ((3, 1), "lie outside"),
         "name without names": ({"age": "positive"}, "name columns of 2; got 'age'"),
