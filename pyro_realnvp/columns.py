@@ -80,11 +80,13 @@ class Columns:
         return self.unwrap(np.where(self.is_integer, np.floor(X), X))
 
     def add_noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Rows with uniform noise in the columns of whole numbers."""
+        """Rows with new uniform noise in the columns of whole numbers, in place of any noise from before."""
         if not self.is_integer.any():
             return x
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return x + noise * torch.from_numpy(self.is_integer).to(x)
+        # A noise of 0 would leave the number on a bound.
+        noise = noise.clamp(torch.finfo(x.dtype).eps)
+        return torch.where(torch.from_numpy(self.is_integer).to(x.device), x.floor() + noise, x)
 
     def points(self, X: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
         """Points at which the densities of the flow, with these weights, add up to the density of each row."""
@@ -121,12 +123,15 @@ def _column(one) -> Column:
         return _NAMED[one]
     if _is_circle(one):
         return Column(period=float(one[1]))
+    if isinstance(one, (tuple, list)) and len(one) == 3 and one[0] == "integer" and _is_pair(one[1:]):
+        _, low, high = one
+        return Column(-math.inf if low is None else low, math.inf if high is None else high + 1, is_integer=True)
     if _is_pair(one):
         low, high = one
         return Column(-math.inf if low is None else low, math.inf if high is None else high)
     raise ValueError(
-        f"expected 'real', 'positive', 'integer', 'count', 'circular', a pair (low, high) with None for no bound, or "
-        f"('circular', period); got {one!r}"
+        "expected 'real', 'positive', 'integer', 'count', 'circular', a pair (low, high) with None for no bound, "
+        f"('integer', low, high) or ('circular', period); got {one!r}"
     )
 
 
@@ -180,7 +185,7 @@ def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
             f'pass support={{{whole[0]}: "integer"}} (or "count") for probabilities of the numbers'
         )
     copies = len(X) - len(np.unique(X, axis=0))
-    if is_real.any() and copies > max(1, _MOST_COPIES * len(X)):
+    if is_real.any() and not whole and copies > max(1, _MOST_COPIES * len(X)):
         _warn(
             f"{copies} of {len(X)} rows are copies of others, so that held-out rows are no test: drop them, and pass "
             "sample_weight= if they count more"

@@ -38,10 +38,11 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
 
     Args:
         support: the values of the columns: ``"real"``, ``"positive"``, a pair (low, high), in which None stands for no
-            bound, ``"integer"``, ``"count"`` for 0, 1, 2, ..., or ``("circular", period)`` for angles and hours
-            (``"circular"``: 2 pi). A sequence gives each column its own; a dict does so by column name or number and
-            leaves the other columns real. Whole numbers are dequantized: they get uniform noise, and their scores are
-            probabilities (Theis et al. 2016, section 3.1). On a circle, scores add up over its turns.
+            bound, ``"integer"``, ``("integer", low, high)``, ``"count"`` for 0, 1, 2, ..., or ``("circular", period)``
+            for angles and hours (``"circular"``: 2 pi). A sequence gives each column its own; a dict does so by column
+            name or number and leaves the other columns real. Whole numbers are dequantized: they get uniform noise,
+            and their scores are probabilities (Theis et al. 2016, section 3.1). On a circle, scores add up over its
+            turns.
         noise: the standard deviation of the noise at the start of training, as a fraction of the standard deviation of
             the rows in each direction; 0 for none.
         num_couplings, hidden_dims: as in :func:`real_nvp`.
@@ -149,9 +150,9 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         x, context, weights = train
         seeds = [int(seed) for seed in random.randint(2**31, size=2)]
         noise = torch.Generator(x.device).manual_seed(seeds[0])
-        apart[0] = self.columns_.add_noise(apart[0], noise)
+        x, apart[0] = (self.columns_.add_noise(rows, noise) for rows in (x, apart[0]))
         with _seeded(random, self.device):
-            flow = self._make_flow(self.columns_.add_noise(x, noise), weights)
+            flow = self._make_flow(x, weights)
         with warnings.catch_warnings():
             # The flow starts as a normal, and on few rows that may be the best there is.
             warnings.filterwarnings("ignore", message="the training has raised the held-out loss")
@@ -264,15 +265,15 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
     def _add_noise(self, flow: Flow, x: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
         """A function that adds noise to a batch.
 
-        Whole numbers get uniform noise. In all columns there is normal noise with the covariance of the rows, scaled by
-        a factor that falls to zero over the training. It is added in the standardized coordinates, so that no row
-        leaves the support.
+        Whole numbers get uniform noise alone. The other columns get normal noise with the covariance of the rows,
+        scaled by a factor that falls to zero over the training. It is added in the standardized coordinates, so that no
+        row leaves the support.
         """
         fixed = [part for part in flow.bijection.parts[1:] if not any(p.requires_grad for p in part.parameters())]
         to_data = Compose(fixed)
         variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov()))
         factor = directions * variances.clamp(min=0).sqrt()
-        steps = itertools.count()
+        steps, is_integer = itertools.count(), torch.from_numpy(self.columns_.is_integer).to(x.device)
 
         def add(x: Tensor) -> Tensor:
             x = self.columns_.add_noise(x, generator)
@@ -280,7 +281,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 return x
             size = self.noise * max(0.0, 1 - next(steps) / self.num_steps) ** 2
             noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-            return to_data(to_data.inv(x) + size * noise @ factor.T)
+            return torch.where(is_integer, x, to_data(to_data.inv(x) + size * noise @ factor.T))
 
         return add
 

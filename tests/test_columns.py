@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns that are no real numbers: whole numbers and angles; and ties, of which the estimator warns."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from helpers import table
+from scipy import stats
+
+from pyro_realnvp import RealNVPDensity
+
+
+def quick(**options):
+    return RealNVPDensity(**{"num_couplings": 4, "num_steps": 400, "random_state": 0} | options)
+
+
+@pytest.mark.slow
+def test_counts_have_probabilities():
+    """y ~ Poisson(exp(x / 2 + 1)), x ~ N(0, 1): the scores are log p(x) + log P(y | x)."""
+    rng = np.random.default_rng(0)
+
+    def draw(num):
+        x = rng.normal(size=num)
+        rate = np.exp(x / 2 + 1)
+        y = rng.poisson(rate)
+        return np.stack([x, y], 1), stats.norm.logpdf(x) + stats.poisson.logpmf(y, rate)
+
+    X, _ = draw(3000)
+    density = quick(support={1: "count"}, num_couplings=8, num_steps=800).fit(X)
+    X, truth = draw(5000)
+    scores = density.score_samples(X)
+    assert 0 <= (truth - scores).mean() < 0.05
+    samples = density.sample(5000, random_state=0)
+    assert (samples[:, 1] == np.floor(samples[:, 1])).all() and samples[:, 1].min() == 0
+    np.testing.assert_allclose(samples.mean(0), X.mean(0), atol=0.15)
+    # No fraction of a number has a probability, and no negative number.
+    assert (density.score_samples([[0.0, 1.5], [0.0, -1.0]]) == -np.inf).all()
+
+
+def test_probabilities_of_two_values_add_up_to_one():
+    rng = np.random.default_rng(0)
+    X = np.stack([rng.normal(size=1000), rng.random(1000) < 0.3], 1)
+    x = np.linspace(-8, 8, 400)
+    for support, values in ((("integer", 0, 1), [0, 1]), ("integer", range(-4, 6))):
+        density = quick(support={1: support}).fit(X)
+        of_each = [np.exp(density.score_samples(np.stack([x, np.full(400, float(k))], 1))) for k in values]
+        mass = dict(zip(values, np.trapezoid(of_each, x)))
+        assert sum(mass.values()) == pytest.approx(1, abs=0.02)
+        assert mass[1] == pytest.approx(X[:, 1].mean(), abs=0.08)
+    assert (quick(support={1: ("integer", 0, 1)}, num_steps=1).fit(X).score_samples([[0.0, 2.0]]) == -np.inf).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("period", [2 * math.pi, 24.0])
+def test_angles_go_round(period):
+    """Hours around midnight, whose sines and cosines alone are continuous."""
+    rng = np.random.default_rng(0)
+
+    def draw(num):
+        angle = rng.vonmises(0.0, 2.0, num)
+        x = np.cos(angle) + 0.5 * rng.normal(size=num)
+        log_p = stats.vonmises.logpdf(angle, 2.0) + stats.norm.logpdf(x, np.cos(angle), 0.5)
+        return np.stack([angle % (2 * np.pi) * period / (2 * np.pi), x], 1), log_p - np.log(period / (2 * np.pi))
+
+    X, _ = draw(3000)
+    density = quick(support={0: ("circular", period)}, num_couplings=8, num_steps=800).fit(X)
+    X, truth = draw(5000)
+    assert (truth - density.score_samples(X)).mean() < 0.05
+    np.testing.assert_allclose(density.score_samples(X + [5 * period, 0]), density.score_samples(X), atol=1e-6)
+    grid = np.stack(np.meshgrid(np.linspace(0, period, 200), np.linspace(-5, 5, 200)), -1)
+    p = np.exp(density.score_samples(grid.reshape(-1, 2))).reshape(200, 200)
+    assert np.trapezoid(np.trapezoid(p, dx=period / 199), dx=10 / 199) == pytest.approx(1, abs=0.01)
+    samples = density.sample(1000, random_state=0)[:, 0]
+    assert np.ptp(samples) <= period
+
+
+@pytest.mark.slow
+def test_uniform_angles():
+    """There is no empty arc to cut the circle at."""
+    X = np.random.default_rng(0).uniform(0, 2 * np.pi, (2000, 1))
+    scores = quick(support="circular").fit(X).score_samples(np.linspace(0, 2 * np.pi, 1000)[:, None])
+    assert 0 <= -np.log(2 * np.pi) - scores.mean() < 0.03
+
+
+@table(
+    "change, message",
+    {
+        "whole numbers": (lambda X: np.round(3 * X), r"columns \[0, 1, 2\] hold whole numbers"),
+        "zeros and ones": (
+            lambda X: np.column_stack([X[:, 0], X[:, 1] > 0]),
+            r'columns \[1\] hold whole numbers.* pass support=\{1: "integer"\}',
+        ),
+        "copies of rows": (lambda X: X[np.arange(200) // 2], "100 of 200 rows are copies of others"),
+        "copies of columns": (lambda X: np.column_stack([X, 3 * X[:, 0] + 1]), "column 3 is a copy of column 0"),
+    },
+)
+def test_ties_are_named(change, message):
+    X = change(np.random.default_rng(0).normal(size=(200, 3)))
+    with pytest.warns(RuntimeWarning, match=message):
+        quick(num_steps=1).fit(X)
+
+
+def test_no_warning_of_ties_that_are_declared_or_rare():
+    rng = np.random.default_rng(0)
+    X = np.column_stack([rng.normal(size=200), rng.poisson(3, 200), np.round(rng.normal(size=200), 1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quick(num_steps=1, support={1: "count"}).fit(X)
+
+
+def test_a_search_does_not_choose_the_noise_by_ties():
+    """Of undeclared whole numbers the best noise would be none, since held-out rows have the same ties."""
+    X = np.random.default_rng(0).poisson(2.0, (300, 2)).astype(float)
+    best = stats.poisson.logpmf(X, 2.0).sum(1).mean()
+    for noise in (0.0, 0.5):
+        assert quick(noise=noise, support="count").fit(X).score(X) < best + 0.1
