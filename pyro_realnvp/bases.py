@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base distributions as modules."""
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pyro.distributions as dist
 import torch
+from sklearn.cluster import HDBSCAN
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
 from .bijections.conditioners import MLP
 from .bijections.inputs import check_context
+
+_MANY_ROWS = 1000
+_MOST_COMPONENTS = 8
+_MOST_CLUSTERED = 5000  # rows among which clusters are looked for
+_LEAST_CLUSTERED = 0.9
 
 
 class Base(nn.Module):
@@ -160,6 +170,36 @@ class MixtureBase(nn.Module):
         self._started = True
         return self
 
+    @classmethod
+    def for_rows(
+        cls, x: Tensor, weights: Tensor | None = None, *, context_dim: int = 0, seed: int = 0
+    ) -> "MixtureBase":
+        """Returns a mixture, initialized from x, with a number of components that suits a flow of such rows.
+
+        A flow of many rows shapes each piece by itself, so there are as many normals as x has separate clusters
+        (:class:`sklearn.cluster.HDBSCAN`). From few rows a flow learns little more than what it starts from, so there
+        are as many as the Bayesian information criterion asks for.
+
+        Args:
+            x, weights, seed: as in :meth:`initialize`.
+            context_dim: the width of the context, on which the initialized mixture does not depend.
+
+        Example:
+            >>> pieces = torch.cat([torch.randn(1000, 2) - 6, torch.randn(1000, 2) + 6])
+            >>> MixtureBase.for_rows(pieces).num_components
+            2
+        """
+        rows = _resampled(x, weights, seed)
+        if len(rows) >= _MANY_ROWS:
+            base = cls(x.shape[1], num_components=_num_clusters(rows), context_dim=context_dim).to(x)
+            return base.initialize(x, weights, seed=seed)
+        most = min(_MOST_COMPONENTS, len(rows) // 2)
+        mixtures = [_mixture(rows, num, kind, seed, 1) for num in range(1, most + 1) for kind in ("full", "diag")]
+        best = min(mixtures, key=lambda mixture: mixture.bic(rows))
+        full = best.covariance_type == "full"
+        base = cls(x.shape[1], num_components=best.n_components, full=full, context_dim=context_dim).to(x)
+        return base._start_at(best)
+
     def initialize(self, x: Tensor, weights: Tensor | None = None, *, seed: int = 0) -> "MixtureBase":
         """Starts at the mixture of normals of :class:`sklearn.mixture.GaussianMixture`, fitted to x.
 
@@ -168,14 +208,10 @@ class MixtureBase(nn.Module):
             weights: the weight of each row; by default all count alike.
             seed: the seed of the fit.
         """
-        rows = x.detach().double().cpu()
-        if weights is not None:  # scikit-learn's mixtures take no weights
-            draw = torch.Generator().manual_seed(seed)
-            rows = rows[torch.multinomial(weights.double().cpu(), len(rows), replacement=True, generator=draw)]
         kind = "diag" if self.lowers is None else "full"
-        mixture = GaussianMixture(self.num_components, covariance_type=kind, n_init=3, random_state=seed).fit(
-            rows.numpy()
-        )
+        return self._start_at(_mixture(_resampled(x, weights, seed), self.num_components, kind, seed))
+
+    def _start_at(self, mixture: GaussianMixture) -> "MixtureBase":
         covariances = torch.from_numpy(mixture.covariances_)
         trils = covariances.sqrt().diag_embed() if self.lowers is None else torch.linalg.cholesky(covariances)
         return self.start_at(torch.from_numpy(mixture.weights_), torch.from_numpy(mixture.means_), trils)
@@ -203,3 +239,25 @@ class MixtureBase(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self._started = bool(state)
+
+
+def _resampled(x: Tensor, weights: Tensor | None, seed: int) -> np.ndarray:
+    """The rows as an array, drawn by their weights if they have any, since scikit-learn's mixtures take none."""
+    rows = x.detach().double().cpu()
+    if weights is not None:
+        draw = torch.Generator().manual_seed(seed)
+        rows = rows[torch.multinomial(weights.double().cpu(), len(rows), replacement=True, generator=draw)]
+    return rows.numpy()
+
+
+def _mixture(rows: np.ndarray, num_components: int, kind: str, seed: int, num_starts: int = 3) -> GaussianMixture:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the flow trains on
+        return GaussianMixture(num_components, covariance_type=kind, n_init=num_starts, random_state=seed).fit(rows)
+
+
+def _num_clusters(rows: np.ndarray) -> int:
+    """The number of separate clusters, 1 if most rows belong to none."""
+    rows = rows[:: math.ceil(len(rows) / _MOST_CLUSTERED)]
+    labels = HDBSCAN(min_cluster_size=max(10, len(rows) // 20), copy=True).fit_predict(rows)
+    return max(1, int(labels.max()) + 1) if (labels >= 0).mean() > _LEAST_CLUSTERED else 1

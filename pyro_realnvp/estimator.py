@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A density estimator with the interface of scikit-learn."""
 
-import itertools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,11 +14,8 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
-from .bijections.compose import Compose
-from .bijections.elementwise import Standardize, Unbound
-from .columns import Columns, check_weights, warn_of_ties, whitening
-from .distributions import Flow
-from .flows import real_nvp, spline_flow
+from .columns import Columns, check_weights, warn_of_ties
+from .table_flows import candidates, fading_noise
 from .training.maximum_likelihood import fit
 
 _LOCK = threading.Lock()
@@ -45,6 +41,9 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             turns.
         noise: the standard deviation of the noise at the start of training, as a fraction of the standard deviation of
             the rows in each direction; 0 for none.
+        num_components: the number of normals in the base, a :class:`MixtureBase` if there are several. ``"auto"``
+            trains a flow from one normal and, if :meth:`MixtureBase.for_rows` finds several, one from these, and keeps
+            the one that scores better on the held-out rows.
         num_couplings, hidden_dims: as in :func:`real_nvp`.
         num_steps, batch_size, lr, weight_decay, patience, compile: as in :func:`fit`.
         validation: the fraction of the rows that is held out; 0 for none.
@@ -72,6 +71,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         *,
         support="real",
         noise: float = 0.5,
+        num_components: int | str = "auto",
         num_couplings: int = 16,
         hidden_dims: Sequence[int] | None = None,
         num_steps: int = 2000,
@@ -87,6 +87,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
     ):
         self.support = support
         self.noise = noise
+        self.num_components = num_components
         self.num_couplings = num_couplings
         self.hidden_dims = hidden_dims
         self.num_steps = num_steps
@@ -152,28 +153,41 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         noise = torch.Generator(x.device).manual_seed(seeds[0])
         x, apart[0] = (self.columns_.add_noise(rows, noise) for rows in (x, apart[0]))
         with _seeded(random, self.device):
-            flow = self._make_flow(x, weights)
-        with warnings.catch_warnings():
-            # The flow starts as a normal, and on few rows that may be the best there is.
-            warnings.filterwarnings("ignore", message="the training has raised the held-out loss")
-            self.history_ = fit(
-                flow,
+            flows = candidates(
+                self.columns_,
                 x,
-                context=context,
-                weights=weights,
-                validation=tuple(apart) if num_held_out else 0,
-                augment=self._add_noise(flow, x, noise),
-                num_steps=self.num_steps,
-                batch_size=min(self.batch_size, len(x)),
-                lr=self.lr,
-                weight_decay=self.weight_decay,
-                patience=self.patience,
-                seed=seeds[1],
-                compile=self.compile,
-                standardize=False,  # the flow standardizes all columns already
-                progress=bool(self.verbose),
+                weights,
+                num_components=self.num_components if num_held_out or self.num_components != "auto" else 1,
+                seed=seeds[0],
+                context_dim=self.n_context_in_,
+                num_couplings=self.num_couplings,
+                hidden_dims=self.hidden_dims,
             )
-        self.flow_ = flow.eval()
+        histories = []
+        with warnings.catch_warnings():
+            # A flow starts as a normal or a mixture, and on few rows that may be the best there is.
+            warnings.filterwarnings("ignore", message="the training has raised the held-out loss")
+            for flow in flows:
+                history = fit(
+                    flow,
+                    x,
+                    context=context,
+                    weights=weights,
+                    validation=tuple(apart) if num_held_out else 0,
+                    augment=fading_noise(flow, self.columns_, x, self.noise, self.num_steps, noise),
+                    num_steps=self.num_steps,
+                    batch_size=min(self.batch_size, len(x)),
+                    lr=self.lr,
+                    weight_decay=self.weight_decay,
+                    patience=self.patience,
+                    seed=seeds[1],
+                    compile=self.compile,
+                    standardize=False,  # the flow standardizes all columns already
+                    progress=bool(self.verbose),
+                )
+                histories.append(history)
+        best = min(range(len(flows)), key=lambda k: histories[k].best_loss)
+        self.flow_, self.history_ = flows[best].eval(), histories[best]
         return self
 
     def score_samples(self, X, *, context=None) -> np.ndarray:
@@ -249,41 +263,6 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.tensor(values, device=self.device)
-
-    def _make_flow(self, x: Tensor, weights: Tensor | None) -> Flow:
-        """The flow from the base to X: the learned bijection, then fixed maps that return to the units of X."""
-        dim = x.shape[1]
-        options = {"context_dim": self.n_context_in_, "hidden_dims": self.hidden_dims}
-        learned = real_nvp(dim, num_couplings=self.num_couplings, **options) if dim > 1 else spline_flow(**options)
-        low, high = self._tensor(self.columns_.low), self._tensor(self.columns_.high)
-        bounds = [Unbound(low, high)] if (low.isfinite() | high.isfinite()).any() else []
-        unbounded = Compose(bounds)(x) if bounds else x
-        standardize = Standardize(dim).to(x).fit(unbounded, weights)
-        parts = [learned, *whitening(standardize(unbounded), weights), standardize.inv, *(f.inv for f in bounds)]
-        return Flow(Compose(parts)).to(x)
-
-    def _add_noise(self, flow: Flow, x: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """A function that adds noise to a batch.
-
-        Whole numbers get uniform noise alone. The other columns get normal noise with the covariance of the rows,
-        scaled by a factor that falls to zero over the training. It is added in the standardized coordinates, so that no
-        row leaves the support.
-        """
-        fixed = [part for part in flow.bijection.parts[1:] if not any(p.requires_grad for p in part.parameters())]
-        to_data = Compose(fixed)
-        variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov()))
-        factor = directions * variances.clamp(min=0).sqrt()
-        steps, is_integer = itertools.count(), torch.from_numpy(self.columns_.is_integer).to(x.device)
-
-        def add(x: Tensor) -> Tensor:
-            x = self.columns_.add_noise(x, generator)
-            if not self.noise:
-                return x
-            size = self.noise * max(0.0, 1 - next(steps) / self.num_steps) ** 2
-            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-            return torch.where(is_integer, x, to_data(to_data.inv(x) + size * noise @ factor.T))
-
-        return add
 
     def _standard_context(self, context: np.ndarray | None) -> np.ndarray | None:
         return None if context is None else (context - self.context_mean_) / self.context_scale_

@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "images": {"bijections", "distributions"},
     "training": {"bases", "bijections", "distributions", "saving"},
     "inference": {"bijections", "flows", "distributions", "training"},
-    "columns": {"bijections"},
-    "estimator": {"bijections", "columns", "flows", "distributions", "training"},
+    "columns": set(),
+    "table_flows": {"bases", "bijections", "columns", "flows", "distributions"},
+    "estimator": {"columns", "distributions", "table_flows", "training"},
     "plots": {"bijections/compose", "training/history"},
 }
 

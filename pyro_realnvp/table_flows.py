@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flows that the estimator trains on a table, and the noise that it adds."""
+
+import itertools
+import numbers
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .bases import MixtureBase
+from .bijections.compose import Compose
+from .bijections.elementwise import Standardize, Unbound
+from .bijections.linear import TriangularAffine, triangular_root
+from .columns import Columns
+from .distributions import Flow
+from .flows import real_nvp, spline_flow
+
+_NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
+_LEAST_VARIANCE = 1e-12
+
+
+def candidates(
+    columns: Columns,
+    x: Tensor,
+    weights: Tensor | None,
+    *,
+    num_components: int | str,
+    seed: int,
+    context_dim: int,
+    num_couplings: int,
+    hidden_dims: Sequence[int] | None,
+) -> list[Flow]:
+    """The flows to choose from: one that starts as a normal, one that starts as a mixture of normals, or both."""
+    if num_components != "auto" and not isinstance(num_components, numbers.Integral):
+        raise ValueError(f"expected num_components to be 'auto' or a number; got {num_components!r}")
+
+    def make() -> Compose:
+        return _bijection(columns, x, weights, context_dim, num_couplings, hidden_dims)
+
+    bijection = make()
+    if num_components == 1:
+        return [Flow(bijection).to(x)]
+    z = bijection.condition(x.new_zeros(context_dim)).inv(x).detach()
+    if num_components == "auto":
+        base = MixtureBase.for_rows(z, weights, context_dim=context_dim, seed=seed)
+        others = [Flow(make(), base=base).to(x)] if base.num_components > 1 else []
+        return [Flow(bijection).to(x), *others]
+    base = MixtureBase(x.shape[1], num_components=num_components, context_dim=context_dim).to(x)
+    return [Flow(bijection, base=base.initialize(z, weights, seed=seed)).to(x)]
+
+
+def _bijection(
+    columns: Columns,
+    x: Tensor,
+    weights: Tensor | None,
+    context_dim: int,
+    num_couplings: int,
+    hidden_dims: Sequence[int] | None,
+) -> Compose:
+    """From the base to the table: the learned bijection, then fixed maps that return to the units of the table."""
+    dim, options = x.shape[1], {"context_dim": context_dim, "hidden_dims": hidden_dims}
+    learned = real_nvp(dim, num_couplings=num_couplings, **options) if dim > 1 else spline_flow(**options)
+    low, high = (torch.tensor(bound, device=x.device) for bound in (columns.low, columns.high))
+    bounds = [Unbound(low, high)] if (low.isfinite() | high.isfinite()).any() else []
+    unbounded = Compose(bounds)(x) if bounds else x
+    standardize = Standardize(dim).to(x).fit(unbounded, weights)
+    parts = [learned, *_whitening(standardize(unbounded), weights), standardize.inv, *(f.inv for f in bounds)]
+    return Compose(parts).to(x)
+
+
+def _whitening(z: Tensor, weights: Tensor | None) -> list[TriangularAffine]:
+    """The affine map that gives standardized rows their correlations, if some direction is narrow; else nothing.
+
+    Couplings hardly learn such a direction, since it is not along an axis. Where no direction is nearly constant they
+    do better in the coordinates of the columns: whitened, iris, wine and breast cancer lose 0.15, 0.5 and 7 nats.
+    """
+    dim, rows = z.shape[1], z.double()
+    weights = torch.ones(len(z)).to(rows) if weights is None else weights.to(rows)
+    covariance = (weights[:, None] * rows).mT @ rows / weights.sum()
+    variances, directions = torch.linalg.eigh(covariance)
+    if variances[0] > _NARROW:
+        return []
+    tril = triangular_root(directions * variances.clamp(min=_LEAST_VARIANCE).sqrt())
+    return [TriangularAffine(dim).to(z).start_at(torch.zeros(dim).to(z), tril)]
+
+
+def fading_noise(
+    flow: Flow, columns: Columns, x: Tensor, noise: float, num_steps: int, generator: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """A function that adds noise to a batch.
+
+    Whole numbers get uniform noise alone. The other columns get normal noise with the covariance of the rows x, scaled
+    by a factor that falls from `noise` to zero in `num_steps` calls. It is added in the standardized coordinates, so
+    that no row leaves the support.
+    """
+    to_data = Compose(
+        [part for part in flow.bijection.parts[1:] if not any(p.requires_grad for p in part.parameters())]
+    )
+    variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov()))
+    factor = directions * variances.clamp(min=0).sqrt()
+    steps, is_integer = itertools.count(), torch.from_numpy(columns.is_integer).to(x.device)
+
+    def add(x: Tensor) -> Tensor:
+        x = columns.add_noise(x, generator)
+        if not noise:
+            return x
+        size = noise * max(0.0, 1 - next(steps) / num_steps) ** 2
+        normal = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return torch.where(is_integer, x, to_data(to_data.inv(x) + size * normal @ factor.T))
+
+    return add
