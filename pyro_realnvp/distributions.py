@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
 from .bijections.inputs import check_context, check_tensor
-from .bijections.memo import forget_param_store
+from .bijections.memo import forget_param_store, is_eager
 from .bijections.shapes import inner_point, strictly_inside, sum_events
 
 
@@ -31,7 +31,8 @@ class FlowDistribution(dist.TransformedDistribution):
                 transform._check(value, forward=False)  # raises an error that says what to do
             self._validate_sample(value)
         inside = strictly_inside(transform.codomain, value)
-        if inside is not None and not torch.compiler.is_compiling() and not inside.all():
+        # Neither compiled code nor code under torch.func can branch on values.
+        if inside is not None and not (is_eager(value) and inside.all()):
             # On a bound the bijection is infinite, and its gradient nan. Any inner point stands in for the value there.
             value = torch.where(inside, value, inner_point(transform.codomain, value))
         x, ladj = transform._evaluate(value, forward=False, remember=False)

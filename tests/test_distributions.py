@@ -194,3 +194,69 @@ def test_a_value_on_a_bound_has_no_density_and_spoils_no_gradient(make):
 def test_an_image_on_the_bounds_of_the_logit_of_the_paper_has_a_density():
     flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 4, 4), hidden_channels=4, num_couplings=2), rn.Logit().inv]))
     assert flow().log_prob(torch.zeros(1, 4, 4)).isfinite() and flow().log_prob(torch.ones(1, 4, 4)).isfinite()
+
+
+@pytest.mark.slow
+def test_an_exported_conditional_flow_takes_any_number_of_rows():
+    """Also as many as an event has entries, which torch would take for the event."""
+
+    class Score(torch.nn.Module):
+        def __init__(self, flow):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x, context):
+            return self.flow(context).log_prob(x)
+
+    flow = moved_flow(context_dim=3).eval()
+    rows = torch.export.Dim("rows", min=1, max=1024)
+    example = torch.randn(7, 2), torch.randn(7, 3)
+    exported = torch.export.export(Score(flow), example, dynamic_shapes=({0: rows}, {0: rows})).module()
+    for num in (1, 2, 3, 10):
+        x, context = torch.randn(num, 2), torch.randn(num, 3)
+        torch.testing.assert_close(exported(x, context), flow(context).log_prob(x))
+
+
+@pytest.mark.parametrize("guide", ["AutoNormal", "AutoRealNVP"])
+def test_a_prior_with_bounds_under_guides(guide):
+    """One-sided bounds and none, in one flow; torch's own intervals cannot be mapped to the real line with these."""
+    bounds = rn.Unbound([0.0, -torch.inf, 0.0, -torch.inf], [torch.inf, torch.inf, 1.0, 2.0])
+    flow = rn.Flow(rn.Compose([perturb(small(4), 0.05), bounds.inv]))
+    support = flow().support
+    x = torch.distributions.biject_to(support)(10 * torch.randn(1000, 4))
+    assert support.check(x).all() and x.isfinite().all()
+    y = torch.tensor([1.0, -0.5, 0.4, 1.5])
+
+    def model():
+        z = pyro.sample("z", flow())
+        pyro.sample("y", dist.Normal(z, 0.1).to_event(1), obs=y)
+
+    if guide == "AutoNormal":
+        fitted = AutoNormal(model)
+        svi = SVI(model, fitted, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+        for _ in range(300):
+            svi.step()
+        median = fitted.median()["z"]
+    else:
+        fitted = rn.AutoRealNVP(model)
+        rn.fit_guide(fitted, num_steps=20, progress=False)
+        median = fitted.median()["z"]
+    torch.testing.assert_close(median, y, atol=0.15, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_prior_with_bounds_under_nuts():
+    """x ~ Exponential(1) through the flow's bound, y ~ N(x, 1/2): the mean of the posterior by quadrature."""
+    base = rn.Base(dist.Gumbel, loc=torch.zeros(1), scale=torch.ones(1))
+    flow = rn.Flow(rn.Compose([rn.Unbound([0.0], [torch.inf]).inv]), base=base)
+
+    def model():
+        z = pyro.sample("z", flow())
+        pyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=torch.tensor([0.7]))
+
+    mcmc = MCMC(NUTS(model), num_samples=1000, warmup_steps=300, disable_progbar=True)
+    mcmc.run()
+    grid = torch.linspace(1e-3, 10, 10_000)
+    log_p = flow().log_prob(grid[:, None]) + dist.Normal(grid, 0.5).log_prob(torch.tensor(0.7))
+    p = log_p.exp() / log_p.exp().sum()
+    assert mcmc.get_samples()["z"].mean().item() == pytest.approx((p * grid).sum().item(), abs=0.06)
