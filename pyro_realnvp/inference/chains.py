@@ -12,7 +12,7 @@ from .pulled_back import PulledBack
 
 _DIVERGENT = 1000.0  # nats of error in the energy, as in Stan
 _TARGET = 0.651  # the best acceptance probability of a Hamiltonian trajectory (Beskos et al. 2013)
-_LEAST_ACCEPTANCE = 1e-3  # that counts in the harmonic mean, so that one divergence does not make it zero
+_LEAST_ACCEPTANCE = 0.1  # that counts in the harmonic mean: at a wall of the density, no step is short enough
 _LEARNING_RATE, _DECAY = 0.025, 0.95  # of the length of trajectories
 _MOST_LEAPS = 200  # of a trajectory
 _CANDIDATES = 4  # draws of the guide, for each chain, among which its start is chosen

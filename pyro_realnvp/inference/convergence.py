@@ -32,20 +32,32 @@ def r_hat(draws: Tensor) -> Tensor:
 
 
 def effective_sample_size(draws: Tensor) -> Tensor:
-    """The number of independent draws that the draws of each entry are worth for its mean: that of the normal scores of
-    their ranks (bulk-ESS; Vehtari et al. 2021, section 4), at most S log10 S of S draws as in Stan, nan for constants.
+    r"""The number of independent draws that the S draws of each entry are worth for its mean: :math:`S / \tau,\
+    \tau = 1 + 2 \sum_t \rho_t`, with the autocorrelations :math:`\rho_t` of the normal scores of the ranks (bulk-ESS;
+    Vehtari et al. 2021, section 4). As in Stan it is at most S log10 S. It is nan for constants.
+
+    The autocorrelations are those about the mean of all chains, which count the differences between chains, too. About
+    the mean of each chain, as in ArviZ, they are too small if chains are short: by 1 / N, at each lag.
 
     Args:
-        draws: the draws by chain, ``(C, N) + shape``, with N at least 4.
+        draws: the draws by chain, ``(C, N) + shape``.
 
     Returns:
         ``shape``.
     """
-    halves = _halves(draws.flatten(2).unsqueeze(1) if draws.dim() > 2 else draws[:, None, :, None]).flatten(0, 2)
-    total = halves.shape[0] * halves.shape[1]
-    # Chains that swing from one side to the other are worth more draws than they have. Noise may take it too far.
-    time = (total / stats.effective_sample_size(_scores(halves))).clamp(min=1 / math.log10(total))
-    return _unless_constant(draws, total / time)
+    number, size = draws.shape[:2]
+    scores = _scores(draws.reshape(number, size, -1))
+    spectrum = torch.fft.rfft(scores, 2 * size, dim=1).abs().square().mean(0)  # padded, so that no chain is a circle
+    covariance = torch.fft.irfft(spectrum, dim=0)[:size]
+    # Geyer's sequence: the sums of two neighbours up to the first that is negative, none larger than the one before.
+    pairs = (covariance / covariance[0])[: size // 2 * 2].unflatten(0, (-1, 2))
+    sums = pairs.sum(1)
+    is_kept = (sums >= 0).long().cumprod(0)
+    following = torch.cat([pairs[:, 0], torch.zeros_like(pairs[:1, 0])]).gather(0, is_kept.sum(0, keepdim=True))[0]
+    time = -1 + 2 * (is_kept * sums.cummin(0).values).sum(0) + following.clamp(min=0.0)
+    # Chains that swing from one side to the other are worth more draws than they have, and noise may take it too far.
+    total = number * size
+    return _unless_constant(draws, total / time.clamp(min=1 / math.log10(total)))
 
 
 def _group(draws: Tensor) -> Tensor:
