@@ -125,7 +125,7 @@ class Chains:
     # -- adaptation ----------------------------------------------------------------------------------------------------
 
     def _adapt(self, start: State, end: State, velocity: Tensor, acceptance: Tensor, time: float) -> None:
-        r"""Step size: dual averaging of the harmonic mean of the acceptance probabilities. Mean length T: Adam on
+        r"""Step size: dual averaging of the harmonic mean of the acceptance probabilities. Longest time T: Adam on
         log T, by the gradient of the ChEES criterion :math:`\frac14 E[(|q' - E q'|^2 - |q - E q|^2)^2]` (Hoffman, Radul
         & Sountsov 2021), the mean of :math:`t\, (|q' - E q'|^2 - |q - E q|^2)\, (q' - E q') \cdot p'` over the chains,
         weighted by their acceptance probabilities."""

@@ -16,7 +16,8 @@ def r_hat(draws: Tensor) -> Tensor:
 
     The halves of a short chain differ by chance, even if hundreds of such chains give good means. So from 32 chains on,
     they are compared in groups, as in the nested :math:`\hat R` (Margossian et al. 2024): in at least 16 groups of
-    equally many chains, at most 16. Up to 1.01, each half of a group is then worth 50 independent draws or more.
+    equally many chains, at most 16, whose first draws are neighbours. Groups then differ if chains remember where they
+    were. Up to 1.01, each half of a group is worth 50 independent draws or more.
 
     Args:
         draws: the draws by chain, ``(C, N) + shape``, with N at least 4.
@@ -24,11 +25,11 @@ def r_hat(draws: Tensor) -> Tensor:
     Returns:
         ``shape``.
     """
-    halves = _halves(_group(draws)).transpose(1, 2)  # (groups, 2, chains of a group, N // 2, entries)
-    halves = halves.flatten(2, 3).flatten(0, 1)
-    median = halves.flatten(0, 1).median(0).values
-    bulk, tails = (stats.gelman_rubin(_scores(values)) for values in (halves, (halves - median).abs()))
-    return _unless_constant(draws, torch.maximum(bulk, tails))
+    half = draws.shape[1] // 2
+    flat = draws.flatten(2) if draws.dim() > 2 else draws.unsqueeze(2)
+    halves = torch.stack([flat[:, :half], flat[:, -half:]], 1)  # (C, 2, N // 2, entries)
+    distances = (halves - halves.flatten(0, 2).median(0).values).abs()
+    return _unless_constant(draws, torch.maximum(_between_groups(halves), _between_groups(distances)))
 
 
 def effective_sample_size(draws: Tensor) -> Tensor:
@@ -60,17 +61,15 @@ def effective_sample_size(draws: Tensor) -> Tensor:
     return _unless_constant(draws, total / time.clamp(min=1 / math.log10(total)))
 
 
-def _group(draws: Tensor) -> Tensor:
-    """The draws with one axis of entries, in groups of chains, ``(groups, chains, N, entries)``."""
-    number = len(draws)
+def _between_groups(halves: Tensor) -> Tensor:
+    """R-hat of the normal scores of ``(C, 2, N // 2, entries)``, with the halves of groups of chains as chains."""
+    number = len(halves)
     sizes = [m for m in range(1, _LARGEST_GROUP + 1) if number % m == 0 and number >= m * _FEWEST_GROUPS]
-    return draws.reshape(-1, max(sizes, default=1), draws.shape[1], draws[0, 0].numel())
-
-
-def _halves(groups: Tensor) -> Tensor:
-    """The first and the last half of each chain, ``(groups, chains, 2, N // 2, entries)``."""
-    half = groups.shape[2] // 2
-    return torch.stack([groups[:, :, :half], groups[:, :, -half:]], 2)
+    scores = _scores(halves.flatten(0, 1)).unflatten(0, (number, 2))
+    order = scores[:, 0, 0].argsort(0)  # by the first draw of each chain
+    scores = scores.gather(0, order[:, None, None].expand_as(scores))
+    groups = scores.unflatten(0, (-1, max(sizes, default=1))).transpose(1, 2)  # (groups, 2, chains, N // 2, entries)
+    return stats.gelman_rubin(groups.flatten(2, 3).flatten(0, 1))
 
 
 def _scores(values: Tensor) -> Tensor:

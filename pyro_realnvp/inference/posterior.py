@@ -51,7 +51,8 @@ class PosteriorSamples:
     def r_hat(self) -> dict[str, Tensor]:
         """Rank-normalised split R-hat of each entry (Vehtari et al. 2021), 1 if the halves of all chains agree.
 
-        From 32 chains on, groups of chains take the place of the chains. Entries that never vary have nan.
+        From 32 chains on, groups of chains that begin near each other take the place of the chains. Entries that never
+        vary have nan.
         """
         return {name: r_hat(draws) for name, draws in self.by_chain.items()}
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What draws of a model's latents say about its observations: their log-likelihoods, and new observations."""
 
+import warnings
 from collections.abc import Callable
 
 import pyro
@@ -11,6 +12,8 @@ from torch import Tensor
 from .agreement import check
 from .density import LogDensity
 from .mapping import each, join, map_each, map_over, map_points, reason, split, warn_that_it_is_slow
+
+_PIECE = 1000  # draws that are evaluated at once
 
 
 class Predictions:
@@ -73,7 +76,9 @@ class Predictions:
             return ({name: trace.nodes[name]["value"] for name in self.observed},)
 
         try:
-            return join([map_over(of_one, piece, True) for piece in split(self.samples, 1000)])[0]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")  # torch's own
+                return join([map_over(of_one, piece, True) for piece in split(self.samples, _PIECE)])[0]
         except Exception as error:  # whatever a model may raise
             warn_that_it_is_slow(f"the model's predictions cannot be mapped over draws ({reason(error)})")
         results = [of_one(point) for point in each(self.samples)]

@@ -38,7 +38,7 @@ def sample_posterior(
     independent draw :math:`\epsilon' \sim p_0` of the guide, which is accepted with the probability
     :math:`\min(1, w(\epsilon') / w(\epsilon))`, where :math:`w = p(x, T(\epsilon))\, |\det \partial T / \partial
     \epsilon|\, / p_0(\epsilon)`. The second is a Hamiltonian trajectory of random length. In the warmup, all chains
-    adapt the step size and the mean length of the trajectories together (ChEES; Hoffman, Radul & Sountsov 2021), and a
+    adapt the step size and the length of the trajectories together (ChEES; Hoffman, Radul & Sountsov 2021), and a
     scale of each coordinate. Then these are fixed, so the draws are exact however good the guide is; a better guide
     makes them cheaper. The chains start at draws of the guide, chosen by their importance weights. If plates draw
     subsamples of their rows, each evaluation sees all rows.

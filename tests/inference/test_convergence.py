@@ -42,13 +42,15 @@ def test_many_short_chains_that_have_converged(correlation, samples):
 
 def test_many_chains_that_have_not_converged():
     stuck = torch.randn(256, 1, 1).expand(256, 100, 1) + 1e-3 * torch.randn(256, 100, 1)
-    assert r_hat(stuck) > 1.02 and effective_sample_size(stuck) < 300
+    assert r_hat(stuck) > 2 and effective_sample_size(stuck) < 300
     drifting = torch.randn(256, 100, 1) + torch.linspace(0, 1, 100)[:, None]
     assert r_hat(drifting) > 1.02
     scales = torch.randn(256, 100, 1) * torch.linspace(1, 3, 100)[:, None]  # which only the distances show
     assert r_hat(scales) > 1.02
     apart = torch.randn(256, 100, 1) + 4.0 * (torch.rand(256, 1, 1) < 0.5)
-    assert r_hat(apart) > 1.015 and effective_sample_size(apart) < 500
+    assert r_hat(apart) > 1.2 and effective_sample_size(apart) < 500
+    rarely = torch.randn(256, 100, 1) + 8.0 * (torch.rand(256, 1, 1) < 0.05)
+    assert r_hat(rarely) > 1.02
 
 
 def test_groups_need_a_number_of_chains_that_they_divide():

@@ -109,6 +109,16 @@ def test_predictions_that_cannot_be_mapped():
     assert abs(torch.as_tensor(data.posterior_predictive["y"].values).flatten() - samples["m"]).max() < 0.05
 
 
+def test_a_distribution_that_torch_maps_slowly_draws_without_a_warning():
+    def model(y=None):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.GammaPoisson(1e4, 1e4 * (-m).exp()).expand([2]).to_event(1), obs=y)
+
+    draws = of(model)
+    drawn = draws.to_arviz(torch.ones(2), posterior_predictive=True).posterior_predictive["y"].values
+    assert drawn.shape == (4, 25, 2) and drawn.mean() == pytest.approx(1.0, abs=0.3)
+
+
 @config_enumerate
 def mixture(y=None):
     m = pyro.sample("m", dist.Normal(0.0, 1.0))
