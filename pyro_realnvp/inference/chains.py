@@ -64,7 +64,8 @@ class Chains:
         self.num_iterations = 0
         self.log_step = -0.25 * math.log(self.state.point.shape[1])
         self.log_length = self.log_step
-        self.scale = self.state.point.std(0)
+        spread = self.state.point.std(0)
+        self.scale = torch.where(spread > 0, spread, 1.0)  # it is zero if all chains start at one point
         self._steps = DualAveraging(prox_center=self.log_step)
         self._square, self._length_average = 0.0, self.log_length
 
@@ -120,7 +121,7 @@ class Chains:
             # reverse trajectory visits the same points and fails, too, so the chains stay exact.
             state = _where(alive, state, start)
             momentum = momentum + step / 2 * self.scale * state.gradient.nan_to_num(0.0, 0.0, 0.0)
-        return state, momentum, alive
+        return state, momentum, alive & momentum.isfinite().all(-1)
 
     # -- adaptation ----------------------------------------------------------------------------------------------------
 
@@ -140,9 +141,10 @@ class Chains:
             change = new.square().sum(-1) - old.square().sum(-1)
             slope = time * change * (new * velocity).sum(-1)
             slope = ((acceptance * slope).sum() / total).item()
-            self._square = _DECAY * self._square + (1 - _DECAY) * slope**2
-            root = math.sqrt(self._square / (1 - _DECAY**self.num_iterations))
-            self.log_length += _LEARNING_RATE * slope / root if root > 0 else 0.0
+            if slope and math.isfinite(slope):
+                self._square = _DECAY * self._square + (1 - _DECAY) * slope**2
+                root = math.sqrt(self._square / (1 - _DECAY**self.num_iterations))
+                self.log_length += _LEARNING_RATE * slope / root
         self.log_length = min(self.log_length, self.log_step + math.log(_MOST_LEAPS))
         self._length_average += _MEMORY * (self.log_length - self._length_average)
         self.scale = self.scale.square().lerp(start.point.var(0), _MEMORY).sqrt()

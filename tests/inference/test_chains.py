@@ -72,6 +72,9 @@ def test_few_finite_draws_start_several_chains():
 
     chains = chains_of(rough(model, {"z": torch.ones(2)}, 1.0, shift=-1.0), 200)
     assert chains.state.log_p.isfinite().all() and 1 < len(chains.state.point.unique(dim=0)) < 200
+    chains.target.base = dist.Delta(chains.state.point[0], event_dim=1)
+    alone = Chains(chains.target, 20)
+    assert (alone.scale == 1).all() and len(alone.state.point.unique(dim=0)) == 1
 
 
 @pytest.mark.slow
@@ -100,7 +103,6 @@ def test_the_scales_of_a_guide_that_is_wrong_about_them():
     torch.testing.assert_close(chains.scale * 0.3 / scales, torch.ones(3), atol=0.2, rtol=0)
 
 
-@pytest.mark.slow
 @table(
     ("density", "is_divergent"),
     {
@@ -119,11 +121,11 @@ def test_a_density_that_is_not_finite_is_a_boundary(density, is_divergent):
     guide = rough(model, {"z": torch.tensor(0.9)}, 0.5)
     with torch.no_grad():
         chains = chains_of(guide, 200)
-        for _ in range(30):
-            chains.iterate(adapt=True)
-        chains.freeze()
+        chains.log_step, chains.log_length = math.log(0.3), math.log(1.5)
         points, divergent = [], 0
-        for _ in range(30):
+        for _ in range(20):
+            chains.iterate()
+        for _ in range(40):
             divergent += int(chains.iterate().is_divergent.sum())
             points.append(chains.state.point)
         z = chains.target.constrain(torch.cat(points))["z"]
