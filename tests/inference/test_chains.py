@@ -5,7 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import rough, table
+from helpers import count_evaluations, fitted, rough, table, two_modes
 
 import pyro_realnvp as rn
 from pyro_realnvp.inference.chains import Chains, van_der_corput
@@ -147,6 +147,20 @@ def test_singular_matrices_are_a_boundary():
 
 def _half(z):
     return torch.where(z > 0, 0.0, -torch.inf)
+
+
+def test_an_evaluation_evaluates_each_network_and_the_model_once():
+    calls = []
+
+    def model():
+        calls.append(1)
+        two_modes()
+
+    guide = fitted(two_modes, num_steps=5)
+    chains = Chains(PulledBack(rn.sample_posterior, guide, (), {}, model), 20)
+    chains.log_step, chains.log_length = 0.0, math.log(2.5)  # the first trajectory has two steps
+    calls.clear()
+    assert count_evaluations(guide, chains.iterate) == {3} and len(calls) == 3
 
 
 def test_the_jitter_fills_the_unit_interval():
