@@ -108,7 +108,7 @@ def test_every_public_name_is_in_the_docs():
     assert sorted(documented) == sorted(public_names())
 
 
-PAGES = ["README.md", "docs/installation.md", "docs/choosing.md", "docs/troubleshooting.md"]
+PAGES = ["README.md", "docs/installation.md", "docs/choosing.md", "docs/troubleshooting.md", "docs/sampling.md"]
 
 
 @pytest.mark.slow

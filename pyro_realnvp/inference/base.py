@@ -51,7 +51,7 @@ class GuideBase:
         """The model as the caller passed it, without the handlers that some of Pyro's guides wrap around it."""
         if self._plain_model is None:
             raise RuntimeError(
-                "the guide was unpickled and has lost its model: pass model= to fit_guide, diagnose or neutra"
+                "the guide was unpickled and has lost its model: pass model= to fit_guide, diagnose or sample_posterior"
             )
         return self._plain_model[0]
 
