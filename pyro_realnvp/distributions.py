@@ -66,6 +66,9 @@ class FlowDistribution(dist.TransformedDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().rsample(_shape(sample_shape))
 
+    def __repr__(self) -> str:
+        return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+
     def _sum(self, ladj: Tensor) -> Tensor:
         return sum_events(ladj, self.event_dim - self.transforms[0].codomain.event_dim)
 
@@ -148,6 +151,14 @@ class Flow(nn.Module):
                 f"expected a base with event shape {tuple(base_shape)}; got {tuple(got)}: "
                 "declare its axes as events with .to_event()"
             )
+
+    def extra_repr(self) -> str:
+        num_parameters = sum(p.numel() for p in self.parameters())
+        return f"event_shape={tuple(self.event_shape)}, num_parameters={num_parameters}"
+
+    def architecture_repr(self) -> str:
+        """Nothing: the state that a file holds has the shapes of all parameters."""
+        return ""
 
     @property
     def takes_context(self) -> bool:

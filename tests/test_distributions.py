@@ -82,6 +82,19 @@ def test_base_moves_saves_and_learns(learnable):
     assert "base.scale" in flow.state_dict()
 
 
+def test_a_flow_prints_as_a_few_lines():
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=4, hidden_dims=(8,)), base=rn.MixtureBase(2, num_components=3))
+    # Each MLP has 2 x 8 and 9 x 2 numbers, each normal a weight, a location, a diagonal and a matrix.
+    assert repr(flow).splitlines() == [
+        "Flow(",
+        "  event_shape=(2,), num_parameters=163",
+        "  (bijection): Compose(4 x AffineCoupling)",
+        "  (base): MixtureBase(num_components=3, full=True)",
+        ")",
+    ]
+    assert repr(flow()) == "FlowDistribution(batch_shape=(), event_shape=(2,))"
+
+
 def test_base_of_any_callable():
     flow = rn.Flow(rn.real_nvp(2), base=lambda: dist.Laplace(torch.zeros(2), 1.0).to_event(1))
     assert flow().log_prob(torch.zeros(2)).item() == pytest.approx(-2 * torch.tensor(2.0).log().item())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base class of all bijections: each direction returns its value together with the log-determinant."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -184,6 +185,10 @@ class Bijection(TransformModule):
 
     __repr__ = nn.Module.__repr__
 
+    def _kinds(self) -> Counter[str]:
+        """How many bijections of each kind this one consists of, for the repr of a stack."""
+        return Counter([type(self).__name__])
+
 
 # Pyro's ConditionalTransformedDistribution passes its context on to the transforms that are ConditionalTransforms.
 ConditionalTransform.register(Bijection)
@@ -230,6 +235,12 @@ class Inverse(Bijection):
     def inverse_shape(self, shape):
         return self.bijection.forward_shape(shape)
 
+    def __repr__(self) -> str:
+        return f"{self.bijection!r}.inv"
+
+    def _kinds(self):
+        return Counter({f"{kind}.inv": n for kind, n in self.bijection._kinds().items()})
+
 
 class Conditioned(Bijection):
     """y = f(x; c) at a fixed context c. ``f.condition(context)`` makes it.
@@ -259,6 +270,9 @@ class Conditioned(Bijection):
 
     def changed_entries(self, changed, *, forward=True):
         return self.bijection.changed_entries(changed, forward=forward)
+
+    def _kinds(self):
+        return self.bijection._kinds()
 
     def forward_shape(self, shape):
         return self._broadcast(self.bijection.forward_shape(shape), self.codomain.event_dim)

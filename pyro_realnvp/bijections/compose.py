@@ -2,6 +2,7 @@
 """The composition of bijections, including the transforms of Pyro and torch."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import pyro.distributions.transforms as T
@@ -24,7 +25,7 @@ class Compose(Bijection):
 
     The parts may be bijections of this package and transforms of Pyro and torch in any mixture. Each part is evaluated
     once per pass, its parameters belong to the composition, and it never answers from a stale cache. The parts that
-    take a context all get the same one.
+    take a context all get the same one. ``print(f)`` counts the parts, and ``print(f.parts)`` shows each of them.
 
     Args:
         parts: the transforms, in the order in which they are applied to x.
@@ -111,6 +112,13 @@ class Compose(Bijection):
         for part in self.parts if forward else reversed(self.parts):
             changed = part.changed_entries(changed, forward=forward)
         return changed
+
+    def __repr__(self) -> str:
+        # The parts with their networks take a dozen lines each. `print(f.parts)` shows them.
+        return f"Compose({', '.join(f'{n} x {kind}' if n > 1 else kind for kind, n in self._kinds().items())})"
+
+    def _kinds(self):
+        return sum((part._kinds() for part in self.parts), Counter())
 
     def _refuse_unchanged_entries(self) -> None:
         modules = (module for _, module in self.named_modules(remove_duplicate=False))

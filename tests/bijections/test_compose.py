@@ -52,6 +52,18 @@ def test_a_part_with_a_context_gets_it():
     assert f.inv.condition(torch.randn(4, 3))(torch.zeros(2)).shape == (4, 2)
 
 
+def test_a_stack_prints_its_parts_by_kind():
+    f = rn.Compose([rn.real_nvp(2, between=rn.InvertibleLinear), T.Spline(2), rn.Standardize(2).inv])
+    assert repr(f) == "Compose(16 x AffineCoupling, 15 x InvertibleLinear, Spline, Standardize.inv)"
+    assert repr(f.inv) == repr(f) + ".inv"
+    assert repr(rn.Compose([f.inv])).startswith("Compose(16 x AffineCoupling.inv, ")
+    assert repr(rn.Compose([])) == "Compose()"
+    images = rn.image_real_nvp((1, 16, 16), num_scales=2)
+    assert repr(images) == "Compose(10 x ActNorm, 10 x AffineCoupling, Squeeze, Squeeze.inv, FactorOut).inv"
+    conditional = rn.Compose([rn.real_nvp(2, num_couplings=2, context_dim=1).condition(torch.zeros(1))])
+    assert repr(conditional) == "Compose(2 x AffineCoupling)"
+
+
 def coupling(dim):
     mask = masks.half(dim)
     return rn.AffineCoupling(mask, rn.MLP(mask.num_kept, 2 * mask.num_changed))
