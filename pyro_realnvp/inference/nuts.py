@@ -3,6 +3,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
+from ..training.progress import Progress
 from .agreement import check
 from .base import GuideBase
 from .density import LogDensity
@@ -79,7 +81,8 @@ def neutra(
         target_accept_prob: the acceptance probability to which NUTS adapts its step size; nearer to one gives smaller
             steps.
         max_tree_depth: the largest depth of the trees of NUTS.
-        progress: whether to show Pyro's progress bar.
+        progress: whether to show a progress bar with the step size and the acceptance probability; where the
+            output is no terminal, one line for each tenth of the steps.
 
     Returns:
         The draws of the model's own sites, with divergences, R-hat and effective sample sizes.
@@ -135,7 +138,8 @@ def neutra(
         return -(log_p + transform.log_abs_det_jacobian(noise, latent)).to(noise)
 
     chains, divergences = [], 0
-    with frozen(guide.parameters()):  # NUTS needs gradients with respect to the latents only
+    bar = Progress(num_chains * (warmup_steps + num_samples), show=progress)
+    with closing(bar), frozen(guide.parameters()):  # NUTS needs gradients with respect to the latents only
         for _ in range(num_chains):
             kernel = NUTS(potential_fn=potential, target_accept_prob=target_accept_prob, max_tree_depth=max_tree_depth)
             mcmc = MCMC(
@@ -143,7 +147,8 @@ def neutra(
                 num_samples,
                 warmup_steps,
                 initial_params={"base": base.sample()},
-                disable_progbar=not progress,
+                hook_fn=lambda kernel, *_: bar.update(bar.done + 1, kernel.logging()),
+                disable_progbar=True,  # in a log file, Pyro's bar would write a line at each step
             )
             mcmc.run()
             chains.append(mcmc.get_samples()["base"])
