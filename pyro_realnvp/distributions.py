@@ -11,7 +11,7 @@ from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
 from .bijections.inputs import check_context, check_tensor
 from .bijections.memo import forget_param_store, is_eager
-from .bijections.shapes import inner_point, strictly_inside, sum_events
+from .bijections.shapes import for_inner_axes, inner_point, strictly_inside, sum_events
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -187,7 +187,10 @@ class Flow(nn.Module):
         base_context = context if getattr(self.base, "context_dim", 0) else None
         if base_context is None or self.bijection.context_dim:
             check_context(self.bijection, context)
-        bijection = self.bijection if context is None else self.bijection.condition(context)
+        extra_dims = len(self.event_shape) - self.bijection.codomain.event_dim
+        bijection = self.bijection
+        if context is not None:
+            bijection = bijection.condition(for_inner_axes(context, extra_dims))
         if isinstance(self.base, MixtureBase):
             return FlowDistribution(self.base(base_context, temperature=temperature), [bijection])
         base = self.base()

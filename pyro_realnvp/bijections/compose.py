@@ -9,6 +9,7 @@ import pyro.distributions.transforms as T
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.distributions.transforms import ComposeTransform, Transform
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,7 @@ from .bijection import Bijection
 from .foreign import Foreign
 from .inputs import check_event_shape
 from .reshape import Permute
-from .shapes import sum_events
+from .shapes import for_inner_axes, sum_events
 
 
 class Compose(Bijection):
@@ -29,8 +30,11 @@ class Compose(Bijection):
 
     Args:
         parts: the transforms, in the order in which they are applied to x.
-        event_shape: the shape of the events that the first part takes. It is needed only if the parts do not know
-            their sizes, as with images.
+        event_shape: the shape of the events that the first part takes, needed only if the parts do not know their
+            sizes, as with images. If it has more axes than the events of the parts, one event holds several of theirs,
+            and log-determinants are summed over the whole event.
+        allow_unchanged: whether the stack may leave entries unchanged, like a block that is meant as a part of a larger
+            stack.
         checkpoint: whether the backward pass evaluates each coupling a second time from its input, which saves the
             memory of the intermediate values (:mod:`torch.utils.checkpoint`).
 
@@ -49,7 +53,12 @@ class Compose(Bijection):
     """
 
     def __init__(
-        self, parts: Iterable[Transform], *, event_shape: Sequence[int] | None = None, checkpoint: bool = False
+        self,
+        parts: Iterable[Transform],
+        *,
+        event_shape: Sequence[int] | None = None,
+        allow_unchanged: bool = False,
+        checkpoint: bool = False,
     ):
         parts = [_adopt(part) for part in parts]
         widths = {part.context_dim for part in parts} - {0}
@@ -59,10 +68,12 @@ class Compose(Bijection):
                 "build the parts with the same context_dim"
             )
         chain = ComposeTransform(parts)
-        super().__init__(_event_shape(parts, chain.domain.event_dim, event_shape), context_dim=max(widths, default=0))
+        event_shape = _event_shape(parts, chain.domain.event_dim, event_shape)
+        super().__init__(event_shape, context_dim=max(widths, default=0))
         self.parts = nn.ModuleList(parts)
         self.checkpoint = checkpoint
-        self.domain, self.codomain = chain.domain, chain.codomain
+        more = len(event_shape) - chain.domain.event_dim
+        self.domain, self.codomain = (_with_axes(space, more) for space in (chain.domain, chain.codomain))
         # A part with fewer event axes than the composition has here treats the others as batch axes. Their number is
         # kept for each part, since its log-determinants must be summed over them.
         self._extra_dims = []
@@ -70,7 +81,8 @@ class Compose(Bijection):
         for part in parts:
             self._extra_dims.append(event_dim - part.domain.event_dim)
             event_dim += part.codomain.event_dim - part.domain.event_dim
-        self._refuse_unchanged_entries()
+        if not allow_unchanged:
+            self._refuse_unchanged_entries()
 
     @property
     def sign(self) -> int | Tensor:
@@ -79,14 +91,14 @@ class Compose(Bijection):
     def forward_and_ladj(self, x, context=None):
         total = 0.0
         for part, extra_dims in zip(self.parts, self._extra_dims):
-            x, ladj = self._run_part(part, part.forward_and_ladj, x, context)
+            x, ladj = self._run_part(part, part.forward_and_ladj, x, for_inner_axes(context, extra_dims))
             total = sum_events(ladj, extra_dims) + total
         return x, total if self.parts else x.new_zeros(x.shape[: x.dim() - self.codomain.event_dim])
 
     def inverse_and_ladj(self, y, context=None):
         total = 0.0
         for part, extra_dims in zip(reversed(self.parts), reversed(self._extra_dims)):
-            y, ladj = self._run_part(part, part.inverse_and_ladj, y, context)
+            y, ladj = self._run_part(part, part.inverse_and_ladj, y, for_inner_axes(context, extra_dims))
             total = sum_events(ladj, extra_dims) + total
         return y, total if self.parts else y.new_zeros(y.shape[: y.dim() - self.domain.event_dim])
 
@@ -132,8 +144,14 @@ class Compose(Bijection):
             more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
             raise ValueError(
                 f"the stack of {len(couplings)} couplings never changes entries {entries[:10]}{more} of its output: "
-                "alternate the masks (mask, ~mask, ...) or put a Permute between the couplings"
+                "alternate the masks (mask, ~mask, ...), put a Permute between the couplings, or pass "
+                "allow_unchanged=True for a part of a larger stack"
             )
+
+
+def _with_axes(space: constraints.Constraint, count: int) -> constraints.Constraint:
+    """The space of events with so many more axes than those of `space`."""
+    return constraints.independent(space, count) if count else space
 
 
 def _adopt(part: Transform) -> Bijection:

@@ -49,6 +49,11 @@ def broadcast_batch(x: Tensor, context: Tensor | None, event_dim: int = 1) -> Te
     return x if batch_shape == x.shape[:batch_dim] else x.expand(batch_shape + x.shape[batch_dim:])
 
 
+def for_inner_axes(context: Tensor | None, count: int) -> Tensor | None:
+    """The context for a bijection that treats `count` axes of the events as batch axes: it is the same along them."""
+    return context if context is None else context.reshape(context.shape[:-1] + (1,) * count + context.shape[-1:])
+
+
 def squeeze(x: Tensor, factor: int = 2) -> Tensor:
     """Moves space to channels: (..., C, H, W) to (..., C f^2, H / f, W / f).
 
