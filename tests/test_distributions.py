@@ -204,6 +204,15 @@ def test_a_value_on_a_bound_has_no_density_and_spoils_no_gradient(make):
     assert flow().log_prob(draws).isfinite().all()
 
 
+def test_bounds_move_with_the_flow():
+    stack = rn.Compose([small(2, context_dim=1), rn.Unbound([0.0, 0.0], [1.0, torch.inf]).inv])
+    flow = rn.Flow(stack.condition(torch.zeros(1))).to("meta")
+    for bijection in (stack, stack.inv.inv, flow.bijection):
+        assert bijection.codomain.lower_bound.is_meta and bijection.inv.domain.upper_bound.is_meta
+    with pyro.validation_enabled(False):  # which would look at the values
+        assert flow().log_prob(torch.ones(5, 2, device="meta")).shape == (5,)
+
+
 def test_an_image_on_the_bounds_of_the_logit_of_the_paper_has_a_density():
     flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 4, 4), hidden_channels=4, num_couplings=2), rn.Logit().inv]))
     assert flow().log_prob(torch.zeros(1, 4, 4)).isfinite() and flow().log_prob(torch.ones(1, 4, 4)).isfinite()

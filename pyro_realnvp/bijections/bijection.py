@@ -9,7 +9,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
-from .inputs import check_context, check_event_shape, check_value
+from .inputs import check_bounds, check_context, check_event_shape, check_value
 from .memo import Memo, forget_param_store
 from .shapes import real_events
 
@@ -132,6 +132,8 @@ class Bijection(TransformModule):
         If the value is the remembered output of the opposite direction, the memory answers and nothing is evaluated.
         """
         self._check(value, forward=forward)
+        if remember:  # otherwise a FlowDistribution calls, which has its own answer to values beyond the support
+            check_bounds(self, value, self.domain if forward else self.codomain)
         remembered = self._memo.back(self, value, forward=forward)
         if remembered is not None:
             return remembered
@@ -205,8 +207,10 @@ class Inverse(Bijection):
             event_shape = shape[len(shape) - bijection.codomain.event_dim :]
         super().__init__(event_shape, context_dim=bijection.context_dim)
         self.bijection = bijection
-        self.domain, self.codomain = bijection.codomain, bijection.domain
 
+    # Bounds move with the module that they belong to, so they are asked for and not copied.
+    domain = property(lambda self: self.bijection.codomain)
+    codomain = property(lambda self: self.bijection.domain)
     inv = property(lambda self: self.bijection)
     sign = property(lambda self: self.bijection.sign)
 
@@ -256,10 +260,11 @@ class Conditioned(Bijection):
         super().__init__(bijection.event_shape)
         check_context(bijection, context)
         self.bijection = bijection
-        self.domain, self.codomain = bijection.domain, bijection.codomain
         # The context moves with the module, but it is data and does not belong in a state_dict.
         self.register_buffer("context", context, persistent=False)
 
+    domain = property(lambda self: self.bijection.domain)
+    codomain = property(lambda self: self.bijection.codomain)
     sign = property(lambda self: self.bijection.sign)
 
     def forward_and_ladj(self, x, context=None):

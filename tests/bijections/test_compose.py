@@ -6,6 +6,7 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from helpers import perturb, table
+from torch.autograd import forward_ad
 
 import pyro_realnvp as rn
 from pyro_realnvp import masks
@@ -73,6 +74,20 @@ def test_all_vectors_of_an_event_get_the_context_of_the_event():
         torch.testing.assert_close(stack.log_abs_det_jacobian(x, y), ladj.sum(-1))
     log_p = dist.Normal(0.0, 1.0).expand((4, 2)).to_event(2).log_prob(x) - ladj.sum(-1)
     torch.testing.assert_close(rn.Flow(f, event_shape=(4, 2))(context).log_prob(y), log_p)
+
+
+@pytest.mark.parametrize("batch_shape", [(), (3,)])
+def test_tangents_have_the_dtype_of_the_flow(batch_shape):
+    """Torch makes float64 of the tangent of a number plus a tensor without axes, as a single log-determinant is."""
+    flow, x = rn.Flow(perturb(rn.real_nvp(2, num_couplings=2))), torch.randn(*batch_shape, 2)
+    direction = torch.randn_like(x)
+    score, slope = torch.func.jvp(lambda x: flow().log_prob(x), (x,), (direction,))
+    assert score.dtype == slope.dtype == torch.float32
+    gradient = torch.func.grad(lambda x: flow().log_prob(x).sum())(x)
+    torch.testing.assert_close(slope, (gradient * direction).sum(-1))
+    with forward_ad.dual_level():
+        dual = flow().log_prob(forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, slope)
 
 
 def test_a_part_with_a_context_gets_it():
