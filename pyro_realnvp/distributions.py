@@ -22,6 +22,18 @@ class FlowDistribution(dist.TransformedDistribution):
     :class:`~pyro.distributions.TransformedDistribution`.
     """
 
+    @property
+    def transform(self) -> Bijection:
+        r"""The map :math:`f^{-1}` from data to base. (The maps in ``transforms`` go from base to data.)
+
+        >>> from pyro_realnvp import Flow, Standardize
+        >>> flow = Flow(Standardize(1).fit(torch.tensor([[0.0], [2.0]])).inv)
+        >>> flow().transform(torch.tensor([1.0]))
+        tensor([0.])
+        """
+        (transform,) = self.transforms
+        return transform.inv
+
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value) in nats, shaped like the batch; -inf where an entry lies on a bound of the support or beyond."""
         (transform,) = self.transforms

@@ -40,6 +40,16 @@ def test_shapes():
     assert (y.shape, log_prob.shape) == ((6, 4, 2), (6, 4))
 
 
+def test_the_transform_goes_from_data_to_base():
+    flow, context = moved_flow(context_dim=3), torch.randn(4, 3)
+    for d in (flow(context), flow(context).expand((5, 4))):
+        y = d.sample()
+        z, ladj = flow.bijection.inverse_and_ladj(y, context)
+        torch.testing.assert_close(d.transform(y), z)
+        torch.testing.assert_close(d.transform.inv(z), y)
+        torch.testing.assert_close(d.log_prob(y), d.base_dist.log_prob(z) + ladj)
+
+
 def test_in_a_model_with_plates():
     flow = moved_flow()
 
