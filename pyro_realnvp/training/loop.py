@@ -158,6 +158,10 @@ class Training:
             self.skips_in_a_row = 0
         else:
             value = math.nan
+            # Without gradients the optimizer changes nothing. Torch warns if the first step of a schedule comes before
+            # that of its optimizer.
+            self.optimizer.zero_grad()
+            self.optimizer.step()
             history.skipped_steps += 1
             self.skips_in_a_row += 1
         self.schedule.step()
