@@ -45,7 +45,7 @@ class Diagnosis:
         chosen = torch.multinomial((self.log_weights - self.log_weights.max()).exp(), num_samples, replacement=True)
         return {name: values[chosen] for name, values in self.draws.items()}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         n = len(self.log_weights)
         # If the weights are nearly equal, the guide is good, whatever the tail of their small differences is.
         good = self.pareto_k < 0.5 or self.effective_sample_size > 0.9 * n

@@ -3,12 +3,14 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
 
+from ..training.progress import Progress
 from .posterior import PosteriorSamples
 from .pulled_back import PulledBack
 
@@ -41,7 +43,8 @@ def neutra(
         target_accept_prob: the acceptance probability to which NUTS adapts its step size; nearer to one gives smaller
             steps.
         max_tree_depth: the largest depth of the trees of NUTS.
-        progress: whether to show Pyro's progress bar.
+        progress: whether to show a progress bar with the step size and the acceptance probability; where the
+            output is no terminal, one line for each tenth of the steps.
 
     Returns:
         The draws of the model's own sites, with divergences, R-hat and effective sample sizes.
@@ -73,7 +76,8 @@ def neutra(
         return -target.one(point["base"])
 
     chains, divergences, acceptance = [], torch.zeros(num_chains, num_samples, dtype=torch.bool), []
-    with target.frozen():  # NUTS needs gradients with respect to the latents only
+    bar = Progress(num_chains * (warmup_steps + num_samples), show=progress)
+    with closing(bar), target.frozen():  # NUTS needs gradients with respect to the latents only
         for k in range(num_chains):
             kernel = NUTS(potential_fn=potential, target_accept_prob=target_accept_prob, max_tree_depth=max_tree_depth)
             mcmc = MCMC(
@@ -81,7 +85,8 @@ def neutra(
                 num_samples,
                 warmup_steps,
                 initial_params={"base": target.base.sample()},
-                disable_progbar=not progress,
+                hook_fn=lambda kernel, *_: bar.update(bar.done + 1, kernel.logging()),
+                disable_progbar=True,  # in a log file, Pyro's bar would write a line at each step
             )
             mcmc.run()
             chains.append(mcmc.get_samples()["base"])

@@ -4,12 +4,13 @@
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 
 import pyro
 import torch
 from pyro.infer.autoguide.guides import AutoContinuous
-from tqdm.auto import tqdm
 
+from ..training.progress import Progress
 from .chains import Chains
 from .density import DEFAULT_MEMORY
 from .posterior import PosteriorSamples
@@ -55,7 +56,7 @@ def sample_posterior(
             are evaluated one after the other.
         seed: the seed of the draws; by default torch's generator goes on.
         memory: the bytes that one evaluation of all chains may take. More chains are evaluated in pieces.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; where the output is no terminal, one line for each tenth of the steps.
 
     Returns:
         The draws of the model's own sites, with divergences, acceptance, energies, R-hat and effective sample sizes.
@@ -99,22 +100,19 @@ def sample_posterior(
     if num_chains is None:
         num_chains = 256 if target.density.is_mapped else 16
     points, moves = [], []
-    with (
-        torch.no_grad(),
-        target.frozen(),
-        tqdm(total=warmup_steps + num_samples, unit="step", disable=not progress) as bar,
-    ):
+    bar = Progress(warmup_steps + num_samples, show=progress)
+    with closing(bar), torch.no_grad(), target.frozen():
         chains = Chains(target, num_chains)
         for _ in range(warmup_steps):
             chains.iterate(adapt=True)
-            bar.update()
+            bar.update(bar.done + 1, {})
         chains.freeze()
         try:
             for _ in range(num_samples):
                 move = chains.iterate()
                 points.append(chains.state.point)
                 moves.append(move)
-                bar.update()
+                bar.update(bar.done + 1, {})
         except KeyboardInterrupt:
             if len(moves) < _FEWEST_SAMPLES:
                 raise

@@ -21,7 +21,7 @@ def test_diagnose_agrees_with_pyro_and_tells_good_from_poor():
         pyro.sample("z", dist.Normal(0.0, 0.4))
 
     poor = rn.diagnose(narrow, model=wide, num_samples=4000)
-    assert poor.pareto_k > 0.7 and "poor: train longer" in str(poor)
+    assert poor.pareto_k > 0.7 and "poor: train longer" in str(poor) == repr(poor)
     pyro.set_rng_seed(1)
     ours = rn.diagnose(narrow, model=wide, num_samples=2000)
     pyro.set_rng_seed(1)
