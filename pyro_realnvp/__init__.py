@@ -15,6 +15,7 @@ from .bijections.masks import Mask
 from .bijections.normalization import ActNorm, BatchNorm
 from .bijections.reshape import Permute, Squeeze
 from .bijections.splines import Spline, SplineCoupling
+from .classifier import RealNVPClassifier
 from .distributions import Flow, FlowDistribution
 from .estimator import RealNVPDensity
 from .flows import real_nvp
@@ -25,6 +26,7 @@ from .inference.diagnosis import Diagnosis, diagnose
 from .inference.guides import AutoRealNVP
 from .inference.nuts import PosteriorSamples, neutra
 from .inference.variational import fit_guide
+from .outliers import RealNVPOutlierDetector
 from .saving import load, save
 from .training.history import History
 from .training.maximum_likelihood import fit

@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "columns": set(),
     "table_flows": {"bases", "bijections", "columns", "flows", "distributions"},
     "estimator": {"columns", "distributions", "table_flows", "training"},
+    "classifier": {"estimator"},
+    "outliers": {"estimator"},
     "plots": {"bijections/compose", "training/history"},
 }
 
