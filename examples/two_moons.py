@@ -15,7 +15,7 @@ import pyro
 import torch
 from sklearn.datasets import make_moons
 
-from pyro_realnvp import Flow, fit, plots, real_nvp
+from pyro_realnvp import Flow, MixtureBase, fit, plots, real_nvp
 
 parser = argparse.ArgumentParser(description="Fit a RealNVP flow to two moons and draw it.")
 parser.add_argument("--num-steps", type=int, default=2000)
@@ -34,9 +34,11 @@ x = (x - x.mean(0)) / x.std(0)
 # %%
 # The flow
 # --------
-# A flow joins a base (here a standard normal) and a bijection from base to data. ``fit`` trains it by maximum
-# likelihood and holds out a part of the data.
-flow = Flow(real_nvp(2))
+# A flow joins a base and a bijection from base to data. By default the base is a standard normal. But a bijection is
+# continuous and cannot cut a normal in two, so a thin bridge would stay between the moons. Here the base is a mixture
+# of normals, one for each separate cluster of the points. ``fit`` trains base and bijection by maximum likelihood and
+# holds out a part of the data.
+flow = Flow(real_nvp(2), base=MixtureBase.for_rows(x))
 history = fit(flow, x, num_steps=args.num_steps, seed=0)
 print(f"held-out negative log-likelihood: {history.best_loss:.3f} nats, at step {history.best_step}")
 print(f"that of a standard normal:        {Flow(real_nvp(2))().log_prob(x).mean().neg():.3f} nats")
@@ -63,7 +65,8 @@ if args.out:
 # %%
 # Data in latent space
 # --------------------
-# In latent space the two moons, in two colors, fill the base. The second picture shows what the layers do on the way.
+# In latent space the two moons, in two colors, fill the two normals of the base. The second picture shows what the
+# layers do on the way.
 latent_axes = plots.plot_latent(flow, x, color=torch.tensor(labels))
 layers = plots.plot_layers(flow, x, color=torch.tensor(labels))
 if args.out:

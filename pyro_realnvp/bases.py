@@ -216,6 +216,24 @@ class MixtureBase(nn.Module):
         trils = covariances.sqrt().diag_embed() if self.lowers is None else torch.linalg.cholesky(covariances)
         return self.start_at(torch.from_numpy(mixture.weights_), torch.from_numpy(mixture.means_), trils)
 
+    def rsample_each(self, num: int) -> tuple[Tensor, Tensor]:
+        r"""Reparametrized draws of the components in turn, and their weights, with which a mean over the draws is one
+        over the mixture: :math:`E_{p_0} g = \sum_k \pi_k E_k g`.
+
+        Args:
+            num: the number of draws.
+
+        Returns:
+            The draws, ``(num, D)``, and their weights, ``(num,)``, both with gradients.
+        """
+        mixture = self()
+        pieces, probs = mixture.component_distribution, mixture.mixture_distribution.probs
+        first = torch.randint(self.num_components, ())  # so that the mean is right even of fewer draws than components
+        k = (torch.arange(num) + first) % self.num_components
+        noise = torch.randn(num, *self.event_shape, dtype=pieces.loc.dtype, device=pieces.loc.device)
+        draws = pieces.loc[k] + (pieces.scale_tril[k] @ noise.unsqueeze(-1)).squeeze(-1)
+        return draws, self.num_components * probs[k]
+
     def forward(self, context: Tensor | None = None, *, temperature: float = 1.0) -> dist.Distribution:
         logits, locs, log_diagonals = self.logits, self.locs, self.log_diagonals
         if context is not None or self.context_dim:

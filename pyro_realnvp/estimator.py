@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 from torch import Tensor
 
 from .columns import Columns, check_weights, warn_of_ties
-from .table_flows import candidates, fading_noise
+from .table_flows import candidates, fading_noise, refit
 from .training.maximum_likelihood import fit
 
 _LOCK = threading.Lock()
@@ -148,10 +148,10 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             self.context_scale_ = np.where((context[rows] == context[rows][0]).all(0), 1, context[rows].std(0))
         columns = (X, self._standard_context(context), sample_weight)
         train, apart = ([c if c is None else self._tensor(c[p]) for c in columns] for p in (rows, held_out))
-        x, context, weights = train
         seeds = [int(seed) for seed in random.randint(2**31, size=2)]
-        noise = torch.Generator(x.device).manual_seed(seeds[0])
-        x, apart[0] = (self.columns_.add_noise(rows, noise) for rows in (x, apart[0]))
+        noise = torch.Generator(train[0].device).manual_seed(seeds[0])
+        train[0], apart[0] = (self.columns_.add_noise(rows, noise) for rows in (train[0], apart[0]))
+        x, context, weights = train
         with _seeded(random, self.device):
             flows = candidates(
                 self.columns_,
@@ -188,6 +188,9 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 histories.append(history)
         best = min(range(len(flows)), key=lambda k: histories[k].best_loss)
         self.flow_, self.history_ = flows[best].eval(), histories[best]
+        if self.history_.best_step == 0 and num_held_out:
+            # No training has improved the mixture, which all rows may therefore determine.
+            refit(self.flow_, *(None if a is None else torch.cat([a, b]) for a, b in zip(train, apart)))
         return self
 
     def score_samples(self, X, *, context=None) -> np.ndarray:

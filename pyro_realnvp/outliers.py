@@ -27,8 +27,8 @@ class RealNVPOutlierDetector(OutlierMixin, BaseEstimator):
         >>> from sklearn.datasets import load_iris
         >>> X = load_iris().data
         >>> detector = RealNVPOutlierDetector(RealNVPDensity(num_steps=20, random_state=0), contamination=0.1)
-        >>> (detector.fit_predict(X) == -1).sum()
-        np.int64(15)
+        >>> int((detector.fit_predict(X) == -1).sum())
+        15
     """
 
     def __init__(self, density: RealNVPDensity | None = None, *, contamination: float = 0.1):

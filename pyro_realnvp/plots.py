@@ -4,8 +4,10 @@
 All functions but :func:`plot_layers` draw into the axes that they are given, or into new ones, and return them.
 """
 
+import math
 from collections.abc import Sequence
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
@@ -82,7 +84,9 @@ def plot_samples(
 def plot_latent(
     flow: nn.Module, x: Tensor, *, context: Tensor | None = None, color: Tensor | None = None, ax: Axes | None = None
 ) -> Axes:
-    """The first two columns of the data in latent space, with circles around 50, 90 and 99 % of a standard normal.
+    """The first two columns of the data in latent space.
+
+    Around 50, 90 and 99 % of a standard normal there are circles; around those of the normals of a mixture, ellipses.
 
     Args:
         flow: a :class:`Flow` of two or more dimensions.
@@ -92,14 +96,18 @@ def plot_latent(
         ax: the axes to draw into.
     """
     _check_2d(flow, at_least=True)
-    bijection = flow.bijection if context is None else flow.bijection.condition(context)
+    distribution = flow(*_given(context))
+    (bijection,) = distribution.transforms
     with torch.no_grad():
         latent = bijection.inv(x)[:, :2].cpu()
     ax = _axes(ax)
     _scatter(ax, latent, color, s=3, alpha=0.6)
-    for mass in (0.5, 0.9, 0.99):
-        radius = (-2 * torch.log(torch.tensor(1 - mass))).sqrt().item()
-        ax.add_patch(plt.Circle((0, 0), radius, fill=False, color="gray", linewidth=0.8))
+    angle = torch.linspace(0, 2 * math.pi, 200)
+    circle = torch.stack([angle.cos(), angle.sin()])
+    for loc, tril in _normals(distribution.base_dist):
+        for mass in (0.5, 0.9, 0.99):
+            radius = math.sqrt(-2 * math.log(1 - mass))
+            ax.plot(*(loc[:, None] + radius * tril @ circle).numpy(), color="gray", linewidth=0.8)
     ax.set(title="data in latent space", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     return ax
 
@@ -147,6 +155,15 @@ def plot_loss(history: History, *, ax: Axes | None = None) -> Axes:
     ax.set(title="loss", xlabel="step", ylabel="negative log-likelihood (nats)")
     ax.legend(frameon=False)
     return ax
+
+
+def _normals(base: dist.Distribution) -> list[tuple[Tensor, Tensor]]:
+    """The location and the triangular scale of each normal of the base, in its first two columns."""
+    pieces = getattr(base, "component_distribution", None)
+    if not isinstance(pieces, torch.distributions.MultivariateNormal):
+        return [(torch.zeros(2), torch.eye(2))]
+    locs, trils = (part.detach().cpu().float() for part in (pieces.loc, pieces.scale_tril))
+    return list(zip(locs.reshape(-1, locs.shape[-1])[:, :2], trils.reshape(-1, *trils.shape[-2:])[:, :2, :2]))
 
 
 def _axes(ax: Axes | None) -> Axes:

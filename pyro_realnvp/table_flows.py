@@ -50,6 +50,14 @@ def candidates(
     return [Flow(bijection, base=base.initialize(z, weights, seed=seed)).to(x)]
 
 
+@torch.no_grad()
+def refit(flow: Flow, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
+    """Initializes the mixture of the flow's base, if it has one, from all of these rows."""
+    if isinstance(flow.base, MixtureBase):
+        bijection = flow.bijection if context is None else flow.bijection.condition(context)
+        flow.base.initialize(bijection.inv(x), weights)
+
+
 def _bijection(
     columns: Columns,
     x: Tensor,

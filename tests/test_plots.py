@@ -75,3 +75,11 @@ def test_loss():
 def test_bad_input(draw, message, x):
     with pytest.raises(ValueError, match=message):
         draw(x)
+
+
+def test_latent_space_of_a_mixture_shows_its_normals():
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2), base=rn.MixtureBase(2, num_components=3))
+    ax = plots.plot_latent(flow, torch.randn(50, 2))
+    assert len(ax.lines) == 3 * 3
+    first = torch.from_numpy(ax.lines[0].get_xydata())
+    torch.testing.assert_close(first.mean(0).float(), flow.base.start_locs[0], atol=0.05, rtol=0)

@@ -140,8 +140,9 @@ class AllLatents(GuideBase, AutoContinuous):
             self._has_dynamic_supports = self._find_dynamic_supports(density)
         density.relative = self.relative
 
-    def _init_loc(self) -> Tensor:
-        nodes = self.prototype_trace.nodes
+    def _init_loc(self, nodes: dict | None = None) -> Tensor:
+        """The values of a trace of the model, by default the prototype, in plain unconstrained coordinates."""
+        nodes = self.prototype_trace.nodes if nodes is None else nodes
         return torch.cat(
             [
                 site.pack(unconstraining(name, nodes[name]["fn"]).inv(nodes[name]["value"].detach()))

@@ -32,6 +32,10 @@ class Diagnosis:
     """The logarithm of the weight of each draw, ``(num_samples,)``."""
     draws: dict[str, Tensor]
     """The guide's draws of each site, ``(num_samples,) + site shape``."""
+    num_starts: int | None = None
+    """The number of points from which an :class:`AutoRealNVP` has searched for modes; ``None`` for other guides."""
+    mode_weights: list[float] | None = None
+    """The guide's probability of each mode that was found; ``None`` for other guides."""
 
     def resample(self, num_samples: int) -> dict[str, Tensor]:
         """Draws from the guide's draws in proportion to their weights.
@@ -52,7 +56,20 @@ class Diagnosis:
             f"log evidence           {self.log_evidence:.3f} +- {self.log_evidence_error:.3f} nats\n"
             f"ELBO                   {self.elbo:.3f} nats\n"
             f"effective sample size  {self.effective_sample_size:.0f} of {n}"
-        )
+        ) + self._modes()
+
+    def _modes(self) -> str:
+        """The line about the search for modes, which weights alone cannot show to be missing."""
+        if self.num_starts is None:
+            return ""
+        if self.num_starts == 1:
+            found = "one start, so other modes would be missed: AutoRealNVP(model, num_starts=16) looks for them"
+        elif len(self.mode_weights) == 1:
+            found = f"one, to which all of {self.num_starts} starts have led"
+        else:
+            weights = ", ".join(f"{weight:.3f}" for weight in self.mode_weights)
+            found = f"{len(self.mode_weights)}, found from {self.num_starts} starts, with the weights {weights}"
+        return f"\nmodes                  {found}"
 
 
 @torch.no_grad()
@@ -91,6 +108,7 @@ def diagnose(
         log evidence           -1.266 +- 0.000 nats
         ELBO                   -1.266 nats
         effective sample size  2000 of 2000
+        modes                  one start, so other modes would be missed: ...
     """
     model = model_of(guide, model)
     check_argument_names(model, diagnose, args)
@@ -115,6 +133,8 @@ def diagnose(
         effective_sample_size=1 / normalized.square().sum().item(),
         log_weights=weights,
         draws=draws,
+        num_starts=getattr(guide, "num_starts", None),
+        mode_weights=guide.mode_weights().tolist() if hasattr(guide, "mode_weights") else None,
     )
 
 

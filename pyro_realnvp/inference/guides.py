@@ -5,13 +5,18 @@ from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide.initialization import init_to_median
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median, init_to_sample
+from torch import Tensor
 
 from ..bijections.bijection import Bijection
 from ..bijections.compose import Compose
 from ..flows import real_nvp, spline_flow
+from .agreement import seeded
 from .all_latents import AllLatents
+from .modes import find_modes, mixture_of
 from .normals import LARGEST_FULL, isotropic
+from .sites import with_fallback
 from .warm_start import warm_start
 
 _LARGEST_WIDTH = 128  # of a hidden layer
@@ -39,6 +44,9 @@ class AutoRealNVP(AllLatents):
         init_loc_fn: the function that gives each site its starting value; see Pyro's ``autoguide.initialization``. Flat
             priors, which cannot be drawn from, start at zero in unconstrained coordinates.
         init_scale: the standard deviation of the guide if there is no warm start.
+        num_starts: the number of points from which the warm start searches, of which all but the first are draws of the
+            prior. If they lead to several modes, a mixture of normals, one for each of these, takes the place of
+            :math:`N(0, 1)`. Its weights are learned.
         full: whether L and T are triangular matrices. Otherwise T is diagonal, and so is L except in a few directions.
             By default up to 100 dimensions.
         warm_start: whether to search for the normal approximation and for relative coordinates. By default always,
@@ -77,6 +85,7 @@ class AutoRealNVP(AllLatents):
         hidden_dims: Sequence[int] | None = None,
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
+        num_starts: int = 1,
         full: bool | None = None,
         warm_start: bool | None = None,
         init_flow_fn: Callable[[int], Bijection] | None = None,
@@ -84,6 +93,9 @@ class AutoRealNVP(AllLatents):
         super().__init__(model, init_loc_fn=init_loc_fn)
         if not init_scale > 0:
             raise ValueError(f"expected init_scale > 0; got {init_scale}")
+        if not num_starts >= 1:
+            raise ValueError(f"expected num_starts >= 1; got {num_starts}")
+        self.num_starts = num_starts
         self.init_scale, self.full, self.warm_start = init_scale, full, warm_start
         self._options = {"num_couplings": num_couplings, "hidden_dims": hidden_dims}
         self._init_flow_fn = init_flow_fn
@@ -103,11 +115,15 @@ class AutoRealNVP(AllLatents):
     def make_parameters(self, args: tuple, kwargs: dict) -> None:
         density = self.look(args, kwargs)
         start = self._init_loc()
-        normal = None
+        found = modes = None
         if self.master is None if self.warm_start is None else self.warm_start:
-            normal = warm_start(density, start, self.init_scale)
-        self.is_warm = normal is not None
-        normal = normal or isotropic(start, self.init_scale)
+            found = warm_start(density, start, self.init_scale)
+        self.is_warm = found is not None
+        normal = found.normal if found else isotropic(start, self.init_scale)
+        if found and self.num_starts > 1:
+            points = seeded(lambda: self._dispersed(args, kwargs, self.num_starts - 1))
+            modes = seeded(lambda: find_modes(density, found, points, self.init_scale))
+            normal = modes.normals[0]
         self.keep_coordinates(density)
         self.register_buffer("fitted", torch.tensor(0.0))  # a float, so that averages of buffers work
         if self._init_flow_fn:
@@ -115,7 +131,27 @@ class AutoRealNVP(AllLatents):
         else:
             flow = self._make_flow(self.latent_dim)
         full = self.latent_dim <= LARGEST_FULL if self.full is None else self.full
-        self.transform = Compose([flow.to(start), normal.bijection(full).to(start)])
+        affine = normal.bijection(full)
+        if modes and len(modes.normals) > 1:
+            self.mixture, affine = mixture_of(modes, full)
+            self.mixture.to(start)
+        self.transform = Compose([flow.to(start), affine.to(start)])
+
+    def _dispersed(self, args: tuple, kwargs: dict, num: int) -> Tensor:
+        """Draws from the prior, in plain unconstrained coordinates."""
+        points = []
+        for _ in range(num):
+            with poutine.block(), InitMessenger(with_fallback(init_to_sample)):
+                trace = poutine.trace(self.plain_model).get_trace(*args, **kwargs)
+            points.append(self._init_loc(trace.nodes))
+        return torch.stack(points)
+
+    def mode_weights(self) -> Tensor:
+        """The probability of each mode that the starts have led to, ``(num_modes,)``."""
+        self._check_built()
+        if "mixture" not in self._modules:
+            return torch.ones(1)
+        return self.own("mixture")().mixture_distribution.probs.detach()
 
     def _make_flow(self, dim: int) -> Bijection:
         if dim == 1:
@@ -126,7 +162,9 @@ class AutoRealNVP(AllLatents):
         return real_nvp(dim, **options)
 
     def get_base_dist(self) -> dist.Distribution:
-        """A standard normal, ``(latent_dim,)``."""
+        """A standard normal, ``(latent_dim,)``, or the mixture of several modes."""
         self._check_built()
+        if "mixture" in self._modules:
+            return self.own("mixture")()
         like = self._modules["transform"].parts[-1].start_loc
         return dist.Normal(torch.zeros_like(like), torch.ones_like(like), validate_args=False).to_event(1)

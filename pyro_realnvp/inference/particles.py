@@ -101,14 +101,24 @@ class FlowParticles(Particles):
         super().__init__(guide, density, parameters)
 
     def draw(self, count, rows, path_derivative):
-        base, transform = self.guide.get_base_dist(), self.guide.own("transform")
-        noise = base.sample((count,))
+        return *self._take(self.guide.get_base_dist().sample((count,)), path_derivative), None
+
+    def _take(self, noise: Tensor, path_derivative: bool) -> tuple[Tensor, Tensor]:
+        """Where the guide takes draws of its base, and log q there."""
+        transform = self.guide.own("transform")
         points, ladj = transform.forward_and_ladj(noise)
-        log_q = base.log_prob(noise) - ladj
-        if path_derivative:
-            with frozen(self.parameters):
-                log_q = FlowDistribution(base, [transform]).log_prob(points)
-        return points, log_q, None
+        if not path_derivative:
+            return points, self.guide.get_base_dist().log_prob(noise) - ladj
+        with frozen(self.parameters):
+            return points, FlowDistribution(self.guide.get_base_dist(), [transform]).log_prob(points)
+
+    def _sum_of_losses(self, count, rows, path_derivative):
+        if self.guide.get_base_dist().has_rsample:
+            return super()._sum_of_losses(count, rows, path_derivative)
+        # The base is a mixture, so each of its components draws, and its draws count as much as it weighs.
+        noise, weights = self.guide.own("mixture").rsample_each(count)
+        points, log_q = self._take(noise, path_derivative)
+        return (weights * (log_q - self.density(points, rows))).sum()
 
     def values(self, points):
         return self.density.constrain(points)[0]

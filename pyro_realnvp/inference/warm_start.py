@@ -4,6 +4,7 @@
 import math
 import warnings
 from copy import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,15 @@ _PATIENCE = 8  # steps without a better normal after which the path is given up,
 _ENOUGH = 1e-4  # nats, the least gain that a step must promise
 
 
-def warm_start(density: LogDensity, loc: Tensor, init_scale: float) -> Normal | None:
+class Start(NamedTuple):
+    """Where a guide starts."""
+
+    normal: Normal
+    elbo: float
+    """The ELBO of the normal, in nats."""
+
+
+def warm_start(density: LogDensity, loc: Tensor, init_scale: float) -> Start | None:
     """:func:`find_start`, in double precision if the model can be evaluated in it. Returns None if it fails."""
     for dtype in dict.fromkeys((torch.float64, loc.dtype)):
         start, density.relative = loc.to(dtype), {}
@@ -41,7 +50,7 @@ def warm_start(density: LogDensity, loc: Tensor, init_scale: float) -> Normal | 
     return None
 
 
-def find_start(density: LogDensity, loc: Tensor, init_scale: float) -> Normal:
+def find_start(density: LogDensity, loc: Tensor, init_scale: float) -> Start:
     """Finds the normal at which a guide starts, and sets ``density.relative``, the coordinates in which it is normal.
 
     Args:
@@ -56,18 +65,18 @@ def find_start(density: LogDensity, loc: Tensor, init_scale: float) -> Normal:
     best, elbo = best_normal(Surface(density), isotropic(start, init_scale))
     if not names:
         _warn_of_flat_directions(density, best)
-        return best
+        return Start(best, elbo)
     # The search in non-centered coordinates, which have no funnel, has found where the latents are. The curvature of
     # the likelihood at that point gives coordinates that suit groups with many data and groups with few.
     non_centered, found = density.relative, FromRelative(density)(best.loc)
     density.relative = pseudo_observations(density, found)
     other, others_elbo = best_normal(Surface(density), isotropic(FromRelative(density).inv(found), init_scale))
     if others_elbo > elbo:
-        best = other
+        best, elbo = other, others_elbo
     else:
         density.relative = non_centered
     _warn_of_flat_directions(density, best)
-    return best
+    return Start(best, elbo)
 
 
 def _warn_of_flat_directions(density: LogDensity, normal: Normal) -> None:
