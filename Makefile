@@ -1,10 +1,10 @@
-# Every target except newest uses one virtual environment, .venv. constraints.txt pins the version of torch, since a
+# Every target except newest, oldest and dist uses one virtual environment, .venv. constraints.txt pins the version of torch, since a
 # looser install may pull in CUDA packages.
 PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND ?= agg
 
-.PHONY: demo test quick newest lint format docs bench clean
+.PHONY: demo test quick newest oldest lint format docs bench dist clean
 
 demo: .venv/plots  ## train two moons, print the numbers, write the pictures
 	$(BIN)/python examples/two_moons.py --out pictures
@@ -21,6 +21,11 @@ newest:  ## run the tests with the newest torch and Pyro that resolve, so that t
 	.venv-newest/bin/python -m pip install -q --upgrade torch pyro-ppl -e '.[test]'
 	.venv-newest/bin/python -m pytest -q -n 2 --dist worksteal
 
+oldest:  ## run the tests with the oldest torch and Pyro that pyproject.toml allows
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install -q 'torch==2.6.*' pyro-ppl==1.9.1 -e '.[test]'
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal
+
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +40,13 @@ docs: .venv/docs  ## build the documentation, with warnings as errors; the start
 bench: .venv/bench  ## print the tables of quality and speed, compared with Pyro, Zuko, nflows, normflows and FrEIA
 	$(BIN)/python -m benchmarks
 
+dist:  ## build the sdist and the wheel in dist/, and check their metadata
+	$(PYTHON) -m venv --clear .venv-dist
+	.venv-dist/bin/python -m pip install -q build twine
+	rm -rf dist
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/python -m twine check --strict dist/*
+
 # Make installs each extra once, and again whenever the dependencies change.
 .venv/%: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt 'torch>=2.6'
@@ -45,4 +57,4 @@ bench: .venv/bench  ## print the tables of quality and speed, compared with Pyro
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv .venv-newest build *.egg-info docs/_build docs/gallery pictures
+	rm -rf .venv .venv-newest .venv-oldest .venv-dist build dist *.egg-info docs/_build docs/gallery pictures

@@ -15,6 +15,7 @@ from .bijections.masks import Mask
 from .bijections.normalization import ActNorm, BatchNorm
 from .bijections.reshape import Permute, Squeeze
 from .bijections.splines import Spline, SplineCoupling
+from .classifier import RealNVPClassifier
 from .distributions import Flow, FlowDistribution
 from .estimator import RealNVPDensity
 from .flows import real_nvp
@@ -27,6 +28,7 @@ from .inference.nuts import neutra
 from .inference.posterior import PosteriorSamples
 from .inference.sampling import sample_posterior
 from .inference.variational import fit_guide
+from .outliers import RealNVPOutlierDetector
 from .saving import load, save
 from .training.history import History
 from .training.maximum_likelihood import fit

@@ -276,7 +276,15 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             check_consistent_length(X, context)
         expected, got = self.n_context_in_, 0 if context is None else context.shape[1]
         if got != expected:
-            raise ValueError(f"expected a context of {expected or 'no'} columns, as in fit; got {got or 'none'}")
+            routing = (
+                ": pass context=; searches and cross-validation pass it on if you call "
+                "sklearn.set_config(enable_metadata_routing=True) and search with an estimator that has "
+                ".set_fit_request(context=True).set_score_request(context=True)"
+            )
+            raise ValueError(
+                f"expected a context of {expected or 'no'} columns, as in fit; got {got or 'none'}"
+                + (routing if context is None else "")
+            )
         return context
 
 

@@ -232,6 +232,29 @@ def test_contexts_are_routed():
         assert np.isfinite(search.cv_results_["mean_test_score"]).all()
 
 
+def test_a_search_without_routing_says_how_to_switch_it_on():
+    search = GridSearchCV(small(num_steps=3), {"num_couplings": [2]}, cv=2)
+    with pytest.warns(UserWarning) as record:
+        search.fit(X, context=RNG.normal(size=(300, 2)))
+    assert any("sklearn.set_config(enable_metadata_routing=True)" in str(one.message) for one in record)
+
+
+def test_a_density_behind_a_scaler():
+    """The recipes of docs/training.md for samples and scores in the units of X, with and without a context."""
+    pipeline = make_pipeline(StandardScaler(), small()).fit(X)
+    rows = pipeline[:-1].inverse_transform(pipeline[-1].sample(2000, random_state=0))
+    np.testing.assert_allclose(rows.mean(0), X.mean(0), atol=0.5 * X.std(0).max())
+    assert rows.std(0) == pytest.approx(X.std(0), rel=0.3)
+    scores = pipeline.score_samples(X) - np.log(pipeline[0].scale_).sum()
+    truth = stats.multivariate_normal(X.mean(0), np.cov(X.T)).logpdf(X)
+    assert scores.mean() == pytest.approx(truth.mean(), abs=0.5)
+
+    context = RNG.normal(size=(300, 1))
+    pipeline = make_pipeline(StandardScaler(), small()).fit(X, realnvpdensity__context=context)
+    scores = pipeline[-1].score_samples(pipeline[:-1].transform(X), context=context)
+    assert scores.shape == (300,) and np.isfinite(scores).all()
+
+
 def test_the_flow_is_an_ordinary_one():
     density = small().fit(X)
     with torch.no_grad():

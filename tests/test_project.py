@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "columns": set(),
     "table_flows": {"bases", "bijections", "columns", "flows", "distributions"},
     "estimator": {"columns", "distributions", "table_flows", "training"},
+    "classifier": {"estimator"},
+    "outliers": {"estimator"},
     "plots": {"bijections/compose", "training/history"},
 }
 
@@ -106,6 +108,13 @@ def test_every_public_name_is_in_the_docs():
     pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst"))
     documented = re.findall(r"^\.\. auto(?:class|function):: (?:pyro_realnvp\.)?([\w.]+)", pages, re.MULTILINE)
     assert sorted(documented) == sorted(public_names())
+
+
+def test_the_citation_and_the_oldest_versions_are_up_to_date():
+    assert f"\nversion: {pyro_realnvp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    project, makefile = (ROOT / "pyproject.toml").read_text(), (ROOT / "Makefile").read_text()
+    torch, pyro = (re.search(rf'"{name}>=([\d.]+)"', project)[1] for name in ("torch", "pyro-ppl"))
+    assert f"'torch=={torch}.*' pyro-ppl=={pyro} " in makefile
 
 
 PAGES = ["README.md", "docs/installation.md", "docs/choosing.md", "docs/troubleshooting.md", "docs/sampling.md"]

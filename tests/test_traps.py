@@ -131,7 +131,9 @@ def test_permutations_and_masks_are_part_of_the_state():
     fresh.load_state_dict(saved.state_dict())
     torch.testing.assert_close(fresh(x), saved(x), rtol=0, atol=0)
     torch.testing.assert_close(fresh.inv(x), saved.inv(x), rtol=0, atol=0)
-    assert all(b.device.type == "meta" for b in fresh.to("meta").buffers())
+    fresh.to("meta")
+    assert {t.device.type for t in fresh.state_dict().values()} == {"meta"}
+    assert fresh.parts[0].mask.order.device.type == fresh.parts[2].inverse_permutation.device.type == "meta"
 
 
 def test_copies_after_use_with_a_foreign_part():

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,20 @@ print(pyro_realnvp.__file__)
 for name in sys.argv[1:]:
     print(importlib.import_module(name).__file__)
 """
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_the_tests_and_what_they_read(tmp_path):
+    source = tmp_path / "source"
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "_build", "gallery")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    run_python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    expected = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    expected = {path.as_posix() for path in expected if ".egg-info" not in str(path)}
+    assert expected - names == set()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints, transform_to
 
 from .bijection import Bijection
+from .constants import Constants
 from .inputs import check_tensor
 
 
@@ -143,7 +144,7 @@ def _(constraint: _Box) -> Bijection:
     return Unbound(constraint.lower_bound, constraint.upper_bound).inv
 
 
-class Unbound(Bijection):
+class Unbound(Constants, Bijection):
     r""":math:`y_i = \log(x_i - l_i) - \log(h_i - x_i),\quad
     \log|\det \partial y / \partial x| = \sum_i \log(h_i - l_i) - \log(x_i - l_i) - \log(h_i - x_i)`: entries in
     the intervals :math:`(l_i, h_i)` become real numbers.
@@ -172,6 +173,7 @@ class Unbound(Bijection):
 
     elementwise = True
     sign = 1
+    constant = "is_bounded"
 
     def __init__(self, low: Tensor | Sequence[float], high: Tensor | Sequence[float]):
         low, high = (torch.as_tensor(bound) for bound in (low, high))
@@ -180,18 +182,18 @@ class Unbound(Bijection):
         if low.dim() != 1 or low.shape != high.shape or not (low < high).all():
             raise ValueError(f"expected bounds of shape (D,), low below high; got {low.tolist()} and {high.tolist()}")
         super().__init__(low.shape)
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
+        self.is_bounded = torch.stack([low.isfinite(), high.isfinite()])
+        # A buffer is finite, since an average of infinite numbers would be nan.
+        self.register_buffer("low", low.where(low.isfinite(), 0.0))
+        self.register_buffer("high", high.where(high.isfinite(), 0.0))
 
     @property
     def domain(self) -> constraints.Constraint:
-        return _Box(self.low, self.high)
-
-    def _bounded(self) -> tuple[Tensor, Tensor]:
-        return self.low.isfinite(), self.high.isfinite()
+        from_below, from_above = self.is_bounded
+        return _Box(self.low.where(from_below, -torch.inf), self.high.where(from_above, torch.inf))
 
     def forward_and_ladj(self, x, context=None):
-        from_below, from_above = self._bounded()
+        from_below, from_above = self.is_bounded
         above = torch.where(from_below, x - self.low, 1.0)
         below = torch.where(from_above, self.high - x, 1.0)
         y = torch.where(from_below | from_above, above.log() - below.log(), x)
@@ -199,7 +201,7 @@ class Unbound(Bijection):
         return y, (width.log() - above.log() - below.log()).sum(-1)
 
     def inverse_and_ladj(self, y, context=None):
-        from_below, from_above = self._bounded()
+        from_below, from_above = self.is_bounded
         both = from_below & from_above
         low, high = (torch.where(both, bound, 0.0) for bound in (self.low, self.high))
         # torch.where also differentiates the branch that it does not take. This branch gets 0, since an infinite value
@@ -209,7 +211,8 @@ class Unbound(Bijection):
         x = torch.where(from_below, self.low + up.exp(), torch.where(from_above, self.high - (-down).exp(), y))
         x = torch.where(both, torch.lerp(low, high, torch.sigmoid(between)), x)
         # The bounds lie outside of the open intervals, so that a value must not be rounded to them.
-        x = x.clamp(torch.nextafter(self.low, self.high), torch.nextafter(self.high, self.low))
+        lowest, highest = self.domain.lower_bound, self.domain.upper_bound
+        x = x.clamp(torch.nextafter(lowest, highest), torch.nextafter(highest, lowest))
         ladj = torch.where(both, (high - low).log() - F.softplus(between) - F.softplus(-between), up - down)
         return x, ladj.sum(-1)
 

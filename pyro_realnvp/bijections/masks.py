@@ -4,18 +4,20 @@
 import operator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .constants import Constants
 from .inputs import check_even
 from .shapes import squeeze, unsqueeze
 
 
-class Mask(nn.Module):
+class Mask(Constants):
     r"""Splits an event :math:`x` into the kept :math:`x_{b=1}` and the changed :math:`x_{b=0}`, and joins them again
     (the binary mask b of Dinh et al. 2017, eq. 9).
 
     The network of a coupling gets only the kept entries, so it computes nothing that a multiplication by b would throw
-    away. ``b`` is a buffer: it is saved, loaded and moved with the module.
+    away. ``b`` is saved, loaded and moved with the module. It is no buffer, so that averages of buffers leave it as it
+    is.
 
     Args:
         b: a boolean vector with at least one True and one False, which runs over the first axis of an event.
@@ -35,6 +37,8 @@ class Mask(nn.Module):
         tensor([1., 2., 3.])
     """
 
+    constant = "b"
+
     def __init__(self, b: Tensor, *, event_dim: int = 1, squeeze: bool = False):
         super().__init__()
         b = torch.as_tensor(b)
@@ -49,13 +53,10 @@ class Mask(nn.Module):
             )
         self.event_dim, self.squeeze = event_dim, squeeze
         self.event_shape = (len(b) // 4 if squeeze else len(b),) + (None,) * (event_dim - 1)
-        self.register_buffer("b", b.clone())
-        self.register_buffer("order", None, persistent=False)
-        self.register_buffer("inverse_order", None, persistent=False)
-        self.register_load_state_dict_post_hook(_plan_again)
-        self._plan()
+        self.b = b.clone()
+        self.derive()
 
-    def _plan(self) -> None:
+    def derive(self) -> None:
         """Derives from b how `split` and `join` work.
 
         Halves and even/odd masks split an event into views, which costs nothing. All other masks copy by an index.
@@ -125,10 +126,6 @@ class Mask(nn.Module):
         """Returns the options of the mask, which a saved file records beside the state; the state holds b."""
         image_options = [f"event_dim={self.event_dim}"] * (self.event_dim > 1) + ["squeeze"] * self.squeeze
         return ", ".join(image_options)
-
-
-def _plan_again(mask: Mask, incompatible_keys: object) -> None:
-    mask._plan()
 
 
 def half(input_dim: int, parity: int = 0) -> Mask:

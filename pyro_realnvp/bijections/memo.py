@@ -12,6 +12,8 @@ from torch.distributions import Transform
 from torch.distributions.constraints import Constraint
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .constants import Constants
+
 _optimizer_steps = 0
 
 
@@ -142,7 +144,8 @@ class _Reads:
                 for held in (item._parameters, item._buffers, item._modules):
                     self._watched.append(held)
                     stack.extend(held.values())
-                if isinstance(item, Transform):  # A user's class may hold tensors and numbers as plain attributes.
+                # A user's class, too, may hold tensors and numbers as plain attributes.
+                if isinstance(item, (Transform, Constants)):
                     self._watched.append(vars(item))
                     for name, value in vars(item).items():
                         if isinstance(value, (Tensor, Transform, int, float)) and not _is_cache(name):

@@ -5,14 +5,16 @@ import torch
 from torch import Tensor
 
 from .bijection import Bijection
+from .constants import Constants
 from .inputs import check_even, check_event_shape
 from .shapes import squeeze, unsqueeze
 
 
-class Permute(Bijection):
+class Permute(Constants, Bijection):
     r""":math:`y_i = x_{\pi(i)},\quad \log|\det \partial y / \partial x| = 0`.
 
-    The permutation is a buffer: it is saved, loaded and moved with the module.
+    The permutation is saved, loaded and moved with the module. It is no buffer, so that averages of buffers leave it as
+    it is.
 
     Args:
         permutation: the permutation :math:`\pi`, a vector of shape ``(D,)`` that holds each of 0, ..., D - 1 once;
@@ -29,13 +31,18 @@ class Permute(Bijection):
         tensor([30., 10., 20.])
     """
 
+    constant = "permutation"
+
     def __init__(self, permutation: Tensor):
         permutation = torch.as_tensor(permutation)
         if permutation.dim() != 1 or sorted(permutation.tolist()) != list(range(len(permutation))):
             raise ValueError(f"expected a vector with each of 0, ..., D - 1 once; got {permutation.tolist()}")
         super().__init__(permutation.shape)
-        self.register_buffer("permutation", permutation.clone())
-        self.register_buffer("inverse_permutation", permutation.argsort())
+        self.permutation = permutation.clone()
+        self.derive()
+
+    def derive(self):
+        self.inverse_permutation = self.permutation.argsort()
 
     def forward_and_ladj(self, x, context=None):
         return x.index_select(-1, self.permutation), x.new_zeros(x.shape[:-1])

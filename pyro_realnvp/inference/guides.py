@@ -101,7 +101,7 @@ class AutoRealNVP(AllLatents):
         self._init_flow_fn = init_flow_fn
 
     def mark_trained(self) -> None:
-        self.fitted.fill_(True)
+        self.fitted.fill_(1.0)
         self._put_buffers_into_store()
 
     @property
@@ -125,7 +125,7 @@ class AutoRealNVP(AllLatents):
             modes = seeded(lambda: find_modes(density, found, points, self.init_scale))
             normal = modes.normals[0]
         self.keep_coordinates(density)
-        self.register_buffer("fitted", torch.tensor(False))
+        self.register_buffer("fitted", torch.tensor(0.0))  # a float, so that averages of buffers work
         if self._init_flow_fn:
             flow = self._init_flow_fn(self.latent_dim)
         else:

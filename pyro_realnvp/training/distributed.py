@@ -4,7 +4,7 @@
 from typing import TypeVar
 
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 Value = TypeVar("Value")
 
@@ -43,6 +43,13 @@ def agree(value: Value) -> Value:
     if are_many():
         torch.distributed.broadcast_object_list(values)
     return values[0]
+
+
+def share_constants(module: nn.Module) -> None:
+    """Gives all processes the masks and permutations that the first has, which DistributedDataParallel leaves out."""
+    if are_many():
+        state = {name: value for name, value in module.state_dict().items() if name.endswith("_extra_state")}
+        module.load_state_dict(agree(state), strict=False)
 
 
 def gather(value: Value) -> list[Value]:

@@ -161,6 +161,7 @@ def fit(
     batches, held_out, tables = prepare(
         flow, x, context, weights, validation, batch_size, torch.Generator().manual_seed(seed)
     )
+    distributed.share_constants(flow)
     start(flow, lambda: of_all_processes(batches.some()), standardize=standardize)
     objective = Objective(flow, compile, autocast)
     if distributed.are_many():

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from registry import CASES, bijections, bounds_of, event_of, outputs, values
 from torch.func import functional_call, jacrev, vmap
+from torch.optim import swa_utils
 
 import pyro_realnvp as rn
 from pyro_realnvp.bijections.foreign import Foreign
@@ -326,6 +327,31 @@ def test_state_dict_restores_the_function(case, data):
     load.load_state_dict(f.state_dict())
     torch.testing.assert_close(load(x), f(x), rtol=0, atol=0)
     assert set(f.inv.state_dict()) == {f"bijection.{k}" for k in f.state_dict()} or isinstance(f, rn.Inverse)
+
+
+@over_registry
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9)}, {"avg_fn": swa_utils.get_ema_avg_fn(0.9)}],
+    ids=["mean", "moving mean", "moving mean of each"],
+)
+@few(3)
+@given(data=st.data())
+def test_averages_of_equal_weights_and_buffers_are_the_same_function(case, options, data):
+    """An average of buffers (Lightning's ``WeightAveraging``) leaves masks, permutations and bounds as they are."""
+    f = data.draw(bijections(case))
+    x = data.draw(values(f, batch_shapes=((3,),)))
+    model = torch.nn.ModuleList([flow_of(f), torch.nn.Linear(1, 1)])  # torch cannot average a model without weights
+    average = swa_utils.AveragedModel(model, use_buffers=True, **options)
+    for _ in range(4):
+        average.update_parameters(model)
+    y = f(x).detach()
+    torch.testing.assert_close(average.module[0].bijection(x), y, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(average.module[0].bijection.inv(y), f.inverse_and_ladj(y)[0], rtol=1e-9, atol=1e-9)
+    state = average.module.state_dict()
+    for name, value in model.state_dict().items():
+        if not value.is_floating_point():
+            assert torch.equal(state[name], value), name
 
 
 @over_registry

@@ -29,10 +29,11 @@ def rank():
 
 
 def train(data=X, **options):
-    torch.manual_seed(rank())  # each process starts with other weights; fit copies those of the first
+    torch.manual_seed(rank())  # each process starts with other weights and permutations; fit copies those of the first
     between = lambda dim: rn.ActNorm(dim).inv  # noqa: E731
     context_dim = 2 if "context" in options else 0
-    flow = rn.Flow(rn.real_nvp(3, num_couplings=4, hidden_dims=(8,), between=between, context_dim=context_dim)).double()
+    couplings = rn.real_nvp(3, num_couplings=4, hidden_dims=(8,), between=between, context_dim=context_dim)
+    flow = rn.Flow(rn.Compose([couplings, rn.Permute(torch.arange(3).roll(rank()))])).double()
     options = {"num_steps": 40, "validate_every": 10, "seed": 0, "batch_size": 48, "progress": False} | options
     history = rn.fit(flow, data, **options)
     return {
