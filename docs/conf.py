@@ -67,6 +67,7 @@ gallery_order = [  # what a newcomer needs comes first
     "compose_with_pyro",
     "eight_schools",
     "overdispersion",
+    "several_modes",
     "funnel",
     "hierarchical",
     "hidden_markov",
