@@ -216,11 +216,14 @@ def test_a_value_on_a_bound_has_no_density_and_spoils_no_gradient(make):
 
 def test_bounds_move_with_the_flow():
     stack = rn.Compose([small(2, context_dim=1), rn.Unbound([0.0, 0.0], [1.0, torch.inf]).inv])
-    flow = rn.Flow(stack.condition(torch.zeros(1))).to("meta")
-    for bijection in (stack, stack.inv.inv, flow.bijection):
-        assert bijection.codomain.lower_bound.is_meta and bijection.inv.domain.upper_bound.is_meta
-    with pyro.validation_enabled(False):  # which would look at the values
-        assert flow().log_prob(torch.ones(5, 2, device="meta")).shape == (5,)
+    original = rn.Flow(stack.condition(torch.zeros(1)))
+    for flow in (copy.deepcopy(original), pickle.loads(pickle.dumps(original)), original):
+        flow.to("meta")
+        for bijection in (flow.bijection, flow.bijection.bijection, flow.bijection.inv.inv):
+            assert bijection.codomain.lower_bound.is_meta and bijection.inv.domain.upper_bound.is_meta
+        with pyro.validation_enabled(False):  # which would look at the values
+            assert flow().log_prob(torch.ones(5, 2, device="meta")).shape == (5,)
+        assert stack.codomain.lower_bound.is_meta == (flow is original)
 
 
 def test_an_image_on_the_bounds_of_the_logit_of_the_paper_has_a_density():

@@ -207,10 +207,8 @@ class Inverse(Bijection):
             event_shape = shape[len(shape) - bijection.codomain.event_dim :]
         super().__init__(event_shape, context_dim=bijection.context_dim)
         self.bijection = bijection
+        self.domain, self.codomain = bijection.codomain, bijection.domain
 
-    # Bounds move with the module that they belong to, so they are asked for and not copied.
-    domain = property(lambda self: self.bijection.codomain)
-    codomain = property(lambda self: self.bijection.domain)
     inv = property(lambda self: self.bijection)
     sign = property(lambda self: self.bijection.sign)
 
@@ -260,11 +258,10 @@ class Conditioned(Bijection):
         super().__init__(bijection.event_shape)
         check_context(bijection, context)
         self.bijection = bijection
+        self.domain, self.codomain = bijection.domain, bijection.codomain
         # The context moves with the module, but it is data and does not belong in a state_dict.
         self.register_buffer("context", context, persistent=False)
 
-    domain = property(lambda self: self.bijection.domain)
-    codomain = property(lambda self: self.bijection.codomain)
     sign = property(lambda self: self.bijection.sign)
 
     def forward_and_ladj(self, x, context=None):

@@ -73,7 +73,7 @@ class Compose(Bijection):
         self.parts = nn.ModuleList(parts)
         self.checkpoint = checkpoint
         more = len(event_shape) - chain.domain.event_dim
-        self._event_dims = chain.domain.event_dim + more, chain.codomain.event_dim + more
+        self.domain, self.codomain = (_with_axes(space, more) for space in (chain.domain, chain.codomain))
         # A part with fewer event axes than the composition has here treats the others as batch axes. Their number is
         # kept for each part, since its log-determinants must be summed over them.
         self._extra_dims = []
@@ -85,27 +85,19 @@ class Compose(Bijection):
             self._refuse_unchanged_entries()
 
     @property
-    def domain(self) -> constraints.Constraint:
-        return _with_axes(self.parts[0].domain if self.parts else constraints.real, self._event_dims[0])
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        return _with_axes(self.parts[-1].codomain if self.parts else constraints.real, self._event_dims[1])
-
-    @property
     def sign(self) -> int | Tensor:
         return math.prod(part.sign for part in self.parts)
 
     def forward_and_ladj(self, x, context=None):
         # A number in place of these zeros would make float64 of the tangents of single events (torch.func.jvp).
-        total = x.new_zeros(x.shape[: x.dim() - self._event_dims[0]])
+        total = x.new_zeros(x.shape[: x.dim() - self.domain.event_dim])
         for part, extra_dims in zip(self.parts, self._extra_dims):
             x, ladj = self._run_part(part, part.forward_and_ladj, x, for_inner_axes(context, extra_dims))
             total = sum_events(ladj, extra_dims) + total
         return x, total
 
     def inverse_and_ladj(self, y, context=None):
-        total = y.new_zeros(y.shape[: y.dim() - self._event_dims[1]])
+        total = y.new_zeros(y.shape[: y.dim() - self.codomain.event_dim])
         for part, extra_dims in zip(reversed(self.parts), reversed(self._extra_dims)):
             y, ladj = self._run_part(part, part.inverse_and_ladj, y, for_inner_axes(context, extra_dims))
             total = sum_events(ladj, extra_dims) + total
@@ -158,10 +150,9 @@ class Compose(Bijection):
             )
 
 
-def _with_axes(space: constraints.Constraint, event_dim: int) -> constraints.Constraint:
-    """The space of events with so many axes, of which those of `space` are the last."""
-    more = event_dim - space.event_dim
-    return constraints.independent(space, more) if more else space
+def _with_axes(space: constraints.Constraint, count: int) -> constraints.Constraint:
+    """The space of events with so many more axes than those of `space`."""
+    return constraints.independent(space, count) if count else space
 
 
 def _adopt(part: Transform) -> Bijection:

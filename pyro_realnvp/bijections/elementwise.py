@@ -124,12 +124,23 @@ class Logit(Bijection):
 
 
 class _Box(constraints.Constraint):
-    """Vectors with entries between bounds, which may be infinite, unlike those of torch's own constraints."""
+    """Vectors with entries between bounds, which may be infinite, unlike those of torch's own constraints.
+
+    The bounds are those of an :class:`Unbound`, so that they move with it to another device.
+    """
 
     event_dim = 1
 
-    def __init__(self, low: Tensor, high: Tensor):
-        self.lower_bound, self.upper_bound = low, high
+    def __init__(self, owner: "Unbound"):
+        self.owner = owner
+
+    @property
+    def lower_bound(self) -> Tensor:
+        return self.owner.low.where(self.owner.is_bounded[0], -torch.inf)
+
+    @property
+    def upper_bound(self) -> Tensor:
+        return self.owner.high.where(self.owner.is_bounded[1], torch.inf)
 
     def __repr__(self) -> str:
         return f"Box({self.lower_bound.tolist()}, {self.upper_bound.tolist()})"
@@ -189,8 +200,7 @@ class Unbound(Constants, Bijection):
 
     @property
     def domain(self) -> constraints.Constraint:
-        from_below, from_above = self.is_bounded
-        return _Box(self.low.where(from_below, -torch.inf), self.high.where(from_above, torch.inf))
+        return _Box(self)
 
     def forward_and_ladj(self, x, context=None):
         from_below, from_above = self.is_bounded

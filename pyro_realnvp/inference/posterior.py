@@ -145,7 +145,7 @@ class PosteriorSamples:
             warnings.filterwarnings("ignore", message="More chains")  # than draws, which is meant
             return arviz.from_dict(**arrays)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{'site':<20} {'mean':>9} {'std':>9} {'r-hat':>7} {'ess':>8}"]
         for name, values in self.samples.items():
             columns = (values.mean(0), values.std(0), self.r_hat[name], self.effective_sample_size[name])
