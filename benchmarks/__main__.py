@@ -9,7 +9,19 @@ import time
 import pyro
 import torch
 
-NAMES = ["birth", "evaluations", "speed", "training", "moons", "time_to", "tabular", "patches", "images", "guides"]
+NAMES = [
+    "birth",
+    "evaluations",
+    "speed",
+    "training",
+    "moons",
+    "time_to",
+    "tabular",
+    "classes",
+    "patches",
+    "images",
+    "guides",
+]
 
 names = sys.argv[1:] or NAMES
 if not set(names) <= set(NAMES):
