@@ -9,19 +9,8 @@ import time
 import pyro
 import torch
 
-NAMES = [
-    "birth",
-    "evaluations",
-    "speed",
-    "training",
-    "moons",
-    "time_to",
-    "tabular",
-    "classes",
-    "patches",
-    "images",
-    "guides",
-]
+NAMES = ["birth", "evaluations", "speed", "training", "moons", "time_to", "tabular", "classes", "patches"]
+NAMES += ["images", "guides", "sampling"]
 
 names = sys.argv[1:] or NAMES
 if not set(names) <= set(NAMES):

@@ -233,7 +233,7 @@ def nuts(model: Callable, spread: Callable[[Sites], float], *, num_samples: int 
     guide = AutoRealNVP(model)
     training = fit_guide(guide, num_steps=num_steps, progress=False).seconds
     found = neutra(guide, num_samples=num_samples, warmup_steps=num_samples, progress=False)
-    numbers = [f"{found.min_ess_per_second:.2f}", f"{found.min_ess_per_second * found.seconds:.0f}", found.divergences]
+    numbers = [f"{found.min_ess_per_second:.2f}", f"{found.min_ess:.0f}", int(found.divergences.sum())]
     rows.append(["neutra", *numbers, f"{spread(found.samples):.2f}", f"{found.seconds:.1f}", f"{training:.1f}"])
     return rows
 

@@ -12,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TQDM_MININTERVAL", "3600")  # the gallery shows only the first and last line of a progress bar
 sys.path.insert(0, os.path.abspath(".."))
 warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")  # the examples call plt.show()
+warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing")
 
 from sphinx.util import logging
 from sphinx_gallery.sorting import ExplicitOrder
@@ -65,6 +66,7 @@ gallery_order = [  # what a newcomer needs comes first
     "digits",
     "compose_with_pyro",
     "eight_schools",
+    "overdispersion",
     "funnel",
     "hierarchical",
     "hidden_markov",

@@ -74,7 +74,7 @@ print(f"NUTS:   {divergences} divergences, {ess:.0f} effective draws of v in {se
 posterior = neutra(guides["AutoRealNVP"], num_samples=num_draws, warmup_steps=num_draws // 2, progress=False)
 draws["NeuTra"] = posterior.samples
 ess = posterior.effective_sample_size["v"].item()
-print(f"NeuTra: {posterior.divergences} divergences, {ess:.0f} effective draws of v in {posterior.seconds:.0f} s")
+print(f"NeuTra: {posterior.divergences.sum()} divergences, {ess:.0f} effective draws of v in {posterior.seconds:.0f} s")
 print(posterior)
 
 # %%

@@ -24,7 +24,9 @@ from .images.multi_scale import glow, image_real_nvp, latent_scales
 from .inference.amortized import AmortizedRealNVP
 from .inference.diagnosis import Diagnosis, diagnose
 from .inference.guides import AutoRealNVP
-from .inference.nuts import PosteriorSamples, neutra
+from .inference.nuts import neutra
+from .inference.posterior import PosteriorSamples
+from .inference.sampling import sample_posterior
 from .inference.variational import fit_guide
 from .outliers import RealNVPOutlierDetector
 from .saving import load, save

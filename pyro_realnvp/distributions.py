@@ -11,7 +11,7 @@ from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
 from .bijections.inputs import check_context, check_tensor
 from .bijections.memo import forget_param_store, is_eager
-from .bijections.shapes import inner_point, strictly_inside, sum_events
+from .bijections.shapes import for_inner_axes, inner_point, strictly_inside, sum_events
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -21,6 +21,18 @@ class FlowDistribution(dist.TransformedDistribution):
     All else (``sample``, ``rsample``, ``expand``, ``support``) is as in
     :class:`~pyro.distributions.TransformedDistribution`.
     """
+
+    @property
+    def transform(self) -> Bijection:
+        r"""The map :math:`f^{-1}` from data to base. (The maps in ``transforms`` go from base to data.)
+
+        >>> from pyro_realnvp import Flow, Standardize
+        >>> flow = Flow(Standardize(1).fit(torch.tensor([[0.0], [2.0]])).inv)
+        >>> flow().transform(torch.tensor([1.0]))
+        tensor([0.])
+        """
+        (transform,) = self.transforms
+        return transform.inv
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value) in nats, shaped like the batch; -inf where an entry lies on a bound of the support or beyond."""
@@ -65,6 +77,9 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().rsample(_shape(sample_shape))
+
+    def __repr__(self) -> str:
+        return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
     def _sum(self, ladj: Tensor) -> Tensor:
         return sum_events(ladj, self.event_dim - self.transforms[0].codomain.event_dim)
@@ -149,6 +164,14 @@ class Flow(nn.Module):
                 "declare its axes as events with .to_event()"
             )
 
+    def extra_repr(self) -> str:
+        num_parameters = sum(p.numel() for p in self.parameters())
+        return f"event_shape={tuple(self.event_shape)}, num_parameters={num_parameters}"
+
+    def architecture_repr(self) -> str:
+        """Nothing: the state that a file holds has the shapes of all parameters."""
+        return ""
+
     @property
     def takes_context(self) -> bool:
         """Whether calling the flow requires a context."""
@@ -176,7 +199,10 @@ class Flow(nn.Module):
         base_context = context if getattr(self.base, "context_dim", 0) else None
         if base_context is None or self.bijection.context_dim:
             check_context(self.bijection, context)
-        bijection = self.bijection if context is None else self.bijection.condition(context)
+        extra_dims = len(self.event_shape) - self.bijection.codomain.event_dim
+        bijection = self.bijection
+        if context is not None:
+            bijection = bijection.condition(for_inner_axes(context, extra_dims))
         if isinstance(self.base, MixtureBase):
             return FlowDistribution(self.base(base_context, temperature=temperature), [bijection])
         base = self.base()

@@ -49,7 +49,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         validation: the fraction of the rows that is held out; 0 for none.
         device: the device that trains and evaluates; by default the CPU.
         random_state: an int, a numpy ``RandomState`` or None.
-        verbose: whether to show a progress bar.
+        verbose: whether to show a progress bar, as :func:`fit` does.
 
     Attributes:
         flow_ (Flow): the fitted flow, in the units and the precision of X.

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide.initialization import init_to_value
 
 import pyro_realnvp as rn
 from pyro_realnvp.training import checkpoint
@@ -143,4 +144,12 @@ def two_modes():
 def fitted(model, *args, num_steps=200, **options):
     guide = rn.AutoRealNVP(model, num_couplings=4, **options)
     rn.fit_guide(guide, *args, num_steps=num_steps, progress=False)
+    return guide
+
+
+def rough(model, values, scale, *, shift=0.0):
+    """A guide of independent normals of one scale about given values, without a training."""
+    guide = rn.AutoRealNVP(model, warm_start=False, init_scale=scale, init_loc_fn=init_to_value(values=values)).build()
+    guide.transform.parts[-1].start_loc.add_(shift)
+    guide.mark_trained()
     return guide

@@ -40,6 +40,16 @@ def test_shapes():
     assert (y.shape, log_prob.shape) == ((6, 4, 2), (6, 4))
 
 
+def test_the_transform_goes_from_data_to_base():
+    flow, context = moved_flow(context_dim=3), torch.randn(4, 3)
+    for d in (flow(context), flow(context).expand((5, 4))):
+        y = d.sample()
+        z, ladj = flow.bijection.inverse_and_ladj(y, context)
+        torch.testing.assert_close(d.transform(y), z)
+        torch.testing.assert_close(d.transform.inv(z), y)
+        torch.testing.assert_close(d.log_prob(y), d.base_dist.log_prob(z) + ladj)
+
+
 def test_in_a_model_with_plates():
     flow = moved_flow()
 
@@ -80,6 +90,19 @@ def test_base_moves_saves_and_learns(learnable):
     assert flow.to("meta").base().base_dist.loc.device.type == "meta"
     assert ("base.scale" in dict(flow.named_parameters())) == learnable
     assert "base.scale" in flow.state_dict()
+
+
+def test_a_flow_prints_as_a_few_lines():
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=4, hidden_dims=(8,)), base=rn.MixtureBase(2, num_components=3))
+    # Each MLP has 2 x 8 and 9 x 2 numbers, each normal a weight, a location, a diagonal and a matrix.
+    assert repr(flow).splitlines() == [
+        "Flow(",
+        "  event_shape=(2,), num_parameters=163",
+        "  (bijection): Compose(4 x AffineCoupling)",
+        "  (base): MixtureBase(num_components=3, full=True)",
+        ")",
+    ]
+    assert repr(flow()) == "FlowDistribution(batch_shape=(), event_shape=(2,))"
 
 
 def test_base_of_any_callable():
@@ -189,6 +212,15 @@ def test_a_value_on_a_bound_has_no_density_and_spoils_no_gradient(make):
         assert flow().log_prob(torch.tensor([-1.0, 0.5])) == -torch.inf
     draws = flow().sample((100,))
     assert flow().log_prob(draws).isfinite().all()
+
+
+def test_bounds_move_with_the_flow():
+    stack = rn.Compose([small(2, context_dim=1), rn.Unbound([0.0, 0.0], [1.0, torch.inf]).inv])
+    flow = rn.Flow(stack.condition(torch.zeros(1))).to("meta")
+    for bijection in (stack, stack.inv.inv, flow.bijection):
+        assert bijection.codomain.lower_bound.is_meta and bijection.inv.domain.upper_bound.is_meta
+    with pyro.validation_enabled(False):  # which would look at the values
+        assert flow().log_prob(torch.ones(5, 2, device="meta")).shape == (5,)
 
 
 def test_an_image_on_the_bounds_of_the_logit_of_the_paper_has_a_density():

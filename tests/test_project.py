@@ -117,7 +117,7 @@ def test_the_citation_and_the_oldest_versions_are_up_to_date():
     assert f"'torch=={torch}.*' pyro-ppl=={pyro} " in makefile
 
 
-PAGES = ["README.md", "docs/installation.md", "docs/choosing.md", "docs/troubleshooting.md"]
+PAGES = ["README.md", "docs/installation.md", "docs/choosing.md", "docs/troubleshooting.md", "docs/sampling.md"]
 
 
 @pytest.mark.slow

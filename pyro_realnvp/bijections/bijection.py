@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base class of all bijections: each direction returns its value together with the log-determinant."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
-from .inputs import check_context, check_event_shape, check_value
+from .inputs import check_bounds, check_context, check_event_shape, check_value
 from .memo import Memo, forget_param_store
 from .shapes import real_events
 
@@ -131,6 +132,8 @@ class Bijection(TransformModule):
         If the value is the remembered output of the opposite direction, the memory answers and nothing is evaluated.
         """
         self._check(value, forward=forward)
+        if remember:  # otherwise a FlowDistribution calls, which has its own answer to values beyond the support
+            check_bounds(self, value, self.domain if forward else self.codomain)
         remembered = self._memo.back(self, value, forward=forward)
         if remembered is not None:
             return remembered
@@ -184,6 +187,10 @@ class Bijection(TransformModule):
 
     __repr__ = nn.Module.__repr__
 
+    def _kinds(self) -> Counter[str]:
+        """How many bijections of each kind this one consists of, for the repr of a stack."""
+        return Counter([type(self).__name__])
+
 
 # Pyro's ConditionalTransformedDistribution passes its context on to the transforms that are ConditionalTransforms.
 ConditionalTransform.register(Bijection)
@@ -200,8 +207,10 @@ class Inverse(Bijection):
             event_shape = shape[len(shape) - bijection.codomain.event_dim :]
         super().__init__(event_shape, context_dim=bijection.context_dim)
         self.bijection = bijection
-        self.domain, self.codomain = bijection.codomain, bijection.domain
 
+    # Bounds move with the module that they belong to, so they are asked for and not copied.
+    domain = property(lambda self: self.bijection.codomain)
+    codomain = property(lambda self: self.bijection.domain)
     inv = property(lambda self: self.bijection)
     sign = property(lambda self: self.bijection.sign)
 
@@ -230,6 +239,12 @@ class Inverse(Bijection):
     def inverse_shape(self, shape):
         return self.bijection.forward_shape(shape)
 
+    def __repr__(self) -> str:
+        return f"{self.bijection!r}.inv"
+
+    def _kinds(self):
+        return Counter({f"{kind}.inv": n for kind, n in self.bijection._kinds().items()})
+
 
 class Conditioned(Bijection):
     """y = f(x; c) at a fixed context c. ``f.condition(context)`` makes it.
@@ -245,10 +260,11 @@ class Conditioned(Bijection):
         super().__init__(bijection.event_shape)
         check_context(bijection, context)
         self.bijection = bijection
-        self.domain, self.codomain = bijection.domain, bijection.codomain
         # The context moves with the module, but it is data and does not belong in a state_dict.
         self.register_buffer("context", context, persistent=False)
 
+    domain = property(lambda self: self.bijection.domain)
+    codomain = property(lambda self: self.bijection.codomain)
     sign = property(lambda self: self.bijection.sign)
 
     def forward_and_ladj(self, x, context=None):
@@ -259,6 +275,9 @@ class Conditioned(Bijection):
 
     def changed_entries(self, changed, *, forward=True):
         return self.bijection.changed_entries(changed, forward=forward)
+
+    def _kinds(self):
+        return self.bijection._kinds()
 
     def forward_shape(self, shape):
         return self._broadcast(self.bijection.forward_shape(shape), self.codomain.event_dim)

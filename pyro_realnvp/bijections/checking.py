@@ -23,7 +23,7 @@ class Report:
     def add(self, ok: bool, what: str, found: str) -> None:
         self.findings.append((bool(ok), what, found))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{'ok  ' if ok else 'FAIL'}  {what:<38} {found}" for ok, what, found in self.findings]
         return "\n".join([f"check_bijection({self.name}): {'passed' if self.passed else 'FAILED'}", *lines])
 

@@ -2,12 +2,14 @@
 """The composition of bijections, including the transforms of Pyro and torch."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import pyro.distributions.transforms as T
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.distributions.transforms import ComposeTransform, Transform
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +17,7 @@ from .bijection import Bijection
 from .foreign import Foreign
 from .inputs import check_event_shape
 from .reshape import Permute
-from .shapes import sum_events
+from .shapes import for_inner_axes, sum_events
 
 
 class Compose(Bijection):
@@ -24,12 +26,15 @@ class Compose(Bijection):
 
     The parts may be bijections of this package and transforms of Pyro and torch in any mixture. Each part is evaluated
     once per pass, its parameters belong to the composition, and it never answers from a stale cache. The parts that
-    take a context all get the same one.
+    take a context all get the same one. ``print(f)`` counts the parts, and ``print(f.parts)`` shows each of them.
 
     Args:
         parts: the transforms, in the order in which they are applied to x.
-        event_shape: the shape of the events that the first part takes. It is needed only if the parts do not know
-            their sizes, as with images.
+        event_shape: the shape of the events that the first part takes, needed only if the parts do not know their
+            sizes, as with images. If it has more axes than the events of the parts, one event holds several of theirs,
+            and log-determinants are summed over the whole event.
+        allow_unchanged: whether the stack may leave entries unchanged, like a block that is meant as a part of a larger
+            stack.
         checkpoint: whether the backward pass evaluates each coupling a second time from its input, which saves the
             memory of the intermediate values (:mod:`torch.utils.checkpoint`).
 
@@ -48,7 +53,12 @@ class Compose(Bijection):
     """
 
     def __init__(
-        self, parts: Iterable[Transform], *, event_shape: Sequence[int] | None = None, checkpoint: bool = False
+        self,
+        parts: Iterable[Transform],
+        *,
+        event_shape: Sequence[int] | None = None,
+        allow_unchanged: bool = False,
+        checkpoint: bool = False,
     ):
         parts = [_adopt(part) for part in parts]
         widths = {part.context_dim for part in parts} - {0}
@@ -58,36 +68,48 @@ class Compose(Bijection):
                 "build the parts with the same context_dim"
             )
         chain = ComposeTransform(parts)
-        super().__init__(_event_shape(parts, chain.domain.event_dim, event_shape), context_dim=max(widths, default=0))
+        event_shape = _event_shape(parts, chain.domain.event_dim, event_shape)
+        super().__init__(event_shape, context_dim=max(widths, default=0))
         self.parts = nn.ModuleList(parts)
         self.checkpoint = checkpoint
-        self.domain, self.codomain = chain.domain, chain.codomain
+        more = len(event_shape) - chain.domain.event_dim
+        self._event_dims = chain.domain.event_dim + more, chain.codomain.event_dim + more
         # A part with fewer event axes than the composition has here treats the others as batch axes. Their number is
         # kept for each part, since its log-determinants must be summed over them.
         self._extra_dims = []
-        event_dim = self.domain.event_dim
+        event_dim = len(event_shape)
         for part in parts:
             self._extra_dims.append(event_dim - part.domain.event_dim)
             event_dim += part.codomain.event_dim - part.domain.event_dim
-        self._refuse_unchanged_entries()
+        if not allow_unchanged:
+            self._refuse_unchanged_entries()
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return _with_axes(self.parts[0].domain if self.parts else constraints.real, self._event_dims[0])
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return _with_axes(self.parts[-1].codomain if self.parts else constraints.real, self._event_dims[1])
 
     @property
     def sign(self) -> int | Tensor:
         return math.prod(part.sign for part in self.parts)
 
     def forward_and_ladj(self, x, context=None):
-        total = 0.0
+        # A number in place of these zeros would make float64 of the tangents of single events (torch.func.jvp).
+        total = x.new_zeros(x.shape[: x.dim() - self._event_dims[0]])
         for part, extra_dims in zip(self.parts, self._extra_dims):
-            x, ladj = self._run_part(part, part.forward_and_ladj, x, context)
+            x, ladj = self._run_part(part, part.forward_and_ladj, x, for_inner_axes(context, extra_dims))
             total = sum_events(ladj, extra_dims) + total
-        return x, total if self.parts else x.new_zeros(x.shape[: x.dim() - self.codomain.event_dim])
+        return x, total
 
     def inverse_and_ladj(self, y, context=None):
-        total = 0.0
+        total = y.new_zeros(y.shape[: y.dim() - self._event_dims[1]])
         for part, extra_dims in zip(reversed(self.parts), reversed(self._extra_dims)):
-            y, ladj = self._run_part(part, part.inverse_and_ladj, y, context)
+            y, ladj = self._run_part(part, part.inverse_and_ladj, y, for_inner_axes(context, extra_dims))
             total = sum_events(ladj, extra_dims) + total
-        return y, total if self.parts else y.new_zeros(y.shape[: y.dim() - self.domain.event_dim])
+        return y, total
 
     def _run_part(self, part: Bijection, call: Callable, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         context = context if part.context_dim else None
@@ -112,6 +134,13 @@ class Compose(Bijection):
             changed = part.changed_entries(changed, forward=forward)
         return changed
 
+    def __repr__(self) -> str:
+        # The parts with their networks take a dozen lines each. `print(f.parts)` shows them.
+        return f"Compose({', '.join(f'{n} x {kind}' if n > 1 else kind for kind, n in self._kinds().items())})"
+
+    def _kinds(self):
+        return sum((part._kinds() for part in self.parts), Counter())
+
     def _refuse_unchanged_entries(self) -> None:
         modules = (module for _, module in self.named_modules(remove_duplicate=False))
         couplings = [module for module in modules if isinstance(module, Bijection) and module.is_partial]
@@ -124,8 +153,15 @@ class Compose(Bijection):
             more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
             raise ValueError(
                 f"the stack of {len(couplings)} couplings never changes entries {entries[:10]}{more} of its output: "
-                "alternate the masks (mask, ~mask, ...) or put a Permute between the couplings"
+                "alternate the masks (mask, ~mask, ...), put a Permute between the couplings, or pass "
+                "allow_unchanged=True for a part of a larger stack"
             )
+
+
+def _with_axes(space: constraints.Constraint, event_dim: int) -> constraints.Constraint:
+    """The space of events with so many axes, of which those of `space` are the last."""
+    more = event_dim - space.event_dim
+    return constraints.independent(space, more) if more else space
 
 
 def _adopt(part: Transform) -> Bijection:

@@ -30,7 +30,7 @@ class MLP(nn.Module):
         ``(..., out_features)``.
 
     Raises:
-        ValueError: a hidden width is not positive, the hidden widths are unequal although ``residual`` is set, or the
+        ValueError: a width is not positive, the hidden widths are unequal although ``residual`` is set, or the
             context is missing, unexpected or of the wrong width.
 
     Example:
@@ -50,6 +50,9 @@ class MLP(nn.Module):
         residual: bool = False,
     ):
         super().__init__()
+        for name, width in {"in_features": in_features, "out_features": out_features}.items():
+            if width < 1:
+                raise ValueError(f"expected {name} >= 1; got {width}")
         hidden_dims = tuple(hidden_dims)
         if not hidden_dims or min(hidden_dims) < 1:
             raise ValueError(f"expected at least one hidden width, all positive; got hidden_dims={hidden_dims}")

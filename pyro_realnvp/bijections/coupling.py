@@ -27,7 +27,8 @@ class Coupling(Bijection):
         context_dim: the width of the context that the conditioner expects, 0 for none.
 
     Raises:
-        TypeError: the mask is not a :class:`Mask`, or the conditioner is not a module.
+        TypeError: the mask is not a :class:`Mask`, the conditioner is not a module, or the subclass does not set
+            :attr:`outputs_per_entry`.
 
     Example:
         >>> from pyro_realnvp import MLP, masks
@@ -52,6 +53,7 @@ class Coupling(Bijection):
     """The number of parameters of g for each changed entry."""
 
     def __init__(self, mask: Mask, conditioner: nn.Module, *, context_dim: int = 0):
+        self._check_outputs()
         if not isinstance(mask, Mask):
             raise TypeError(f"expected a Mask, e.g. masks.half(4) or Mask(b); got {type(mask).__name__}")
         if not isinstance(conditioner, nn.Module):
@@ -101,6 +103,14 @@ class Coupling(Bijection):
         return self.mask.join(kept, torch.ones_like(others))
 
     @classmethod
+    def _check_outputs(cls) -> None:
+        if not hasattr(cls, "outputs_per_entry"):
+            raise TypeError(
+                f"{cls.__name__} does not set outputs_per_entry, the number of parameters for each changed entry: "
+                "set it in the class, e.g. outputs_per_entry = 2"
+            )
+
+    @classmethod
     def check_options(cls, **options) -> dict:
         """Returns the options that are not None, after checking that the class takes them.
 
@@ -108,7 +118,9 @@ class Coupling(Bijection):
 
         Raises:
             ValueError: the coupling does not have one of the options.
+            TypeError: the coupling does not set :attr:`outputs_per_entry`.
         """
+        cls._check_outputs()
         given = {name: value for name, value in options.items() if value is not None}
         unknown = given.keys() - inspect.signature(cls).parameters.keys()
         if unknown:

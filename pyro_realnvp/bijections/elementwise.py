@@ -88,6 +88,10 @@ class Logit(Bijection):
         Any shape to the same shape. A logit has no event axes, so its log-determinant, in nats, has one value for each
         entry; a :class:`Compose` sums these over its events.
 
+    Raises:
+        ValueError: alpha is not in [0, 1/2). When called: a value lies beyond the interval (unless Pyro's validation is
+            off, as it is for all transforms).
+
     Example:
         >>> Logit()(torch.tensor([0.0, 0.5, 1.0]))
         tensor([-2.9444,  0.0000,  2.9444])
@@ -127,6 +131,9 @@ class _Box(constraints.Constraint):
     def __init__(self, low: Tensor, high: Tensor):
         self.lower_bound, self.upper_bound = low, high
 
+    def __repr__(self) -> str:
+        return f"Box({self.lower_bound.tolist()}, {self.upper_bound.tolist()})"
+
     def check(self, value: Tensor) -> Tensor:
         return ((self.lower_bound <= value) & (value <= self.upper_bound)).all(-1)
 
@@ -156,6 +163,7 @@ class Unbound(Constants, Bijection):
 
     Raises:
         ValueError: the bounds are not two vectors of the same length, or a lower bound is not below its upper bound.
+            When called: a value lies beyond its bounds (unless Pyro's validation is off).
 
     Example:
         >>> f = Unbound([0.0, 0.0, -torch.inf], [torch.inf, 1.0, torch.inf])  # positive, a proportion, unbounded

@@ -61,3 +61,6 @@ class FactorOut(Bijection):
     def changed_entries(self, changed, *, forward=True):
         leaving, rest = self.mask.split(changed)
         return self.mask.join(leaving, self.bijection.changed_entries(rest, forward=forward))
+
+    def _kinds(self):
+        return super()._kinds() + self.bijection._kinds()

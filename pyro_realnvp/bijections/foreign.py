@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter that makes a bijection of a transform of Pyro or torch."""
 
+from collections import Counter
+
 import torch
 from torch.distributions.transforms import Transform
 
@@ -38,6 +40,9 @@ class Foreign(Bijection):
 
     def inverse_shape(self, shape):
         return torch.Size(self.transform.inverse_shape(shape))
+
+    def _kinds(self):
+        return Counter([type(self.transform).__name__])
 
 
 def _drop_cache(transform: Transform) -> None:

@@ -4,8 +4,13 @@
 from collections.abc import Callable, Sequence
 from itertools import chain
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
+
+from .memo import is_eager
+from .shapes import bounds, of_entries
 
 
 def check_event_shape(bijection: nn.Module, shape: Sequence[int], event_shape: Sequence[int | None]) -> torch.Size:
@@ -79,6 +84,26 @@ def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None
         raise ValueError(
             f"{name} has parameters on {own.device}; got values on {value.device}: "
             f"move the module with .to({str(value.device)!r}) or the values with .to({str(own.device)!r})"
+        )
+
+
+def check_bounds(bijection: nn.Module, value: Tensor, domain: constraints.Constraint) -> None:
+    """Raises an error if entries of `value` lie beyond the bounds of the domain, unless Pyro's validation is off."""
+    low, high = bounds(domain)
+    if (low is None and high is None) or not (dist.is_validation_enabled() and isinstance(value, Tensor)):
+        return
+    if not is_eager(value):
+        return
+    beyond = torch.zeros_like(value, dtype=torch.bool)
+    if low is not None:
+        beyond |= value < low
+    if high is not None:
+        beyond |= value > high
+    if beyond.any():
+        raise ValueError(
+            f"{type(bijection).__name__} expected values in {of_entries(domain)}; got {int(beyond.sum())} of "
+            f"{value.numel()} beyond it, such as {value[beyond][0].item():.6g}: rescale them, or choose a bijection "
+            "with other bounds"
         )
 
 

@@ -116,13 +116,24 @@ class TriangularAffine(Bijection):
             scale_tril: the matrix L, of shape ``(D, D)``; only its diagonal is used unless ``full``.
 
         Raises:
-            ValueError: a value is not finite, or an entry of the diagonal is not positive.
+            ValueError: a shape does not fit, a value is not finite, L is not lower triangular, or an entry of its
+                diagonal is not positive.
         """
+        if loc.shape != self.loc.shape or scale_tril.shape != 2 * self.loc.shape:
+            raise ValueError(
+                f"expected a loc of shape (D,) and a scale_tril of shape (D, D) with D = {len(self.loc)}; "
+                f"got {tuple(loc.shape)} and {tuple(scale_tril.shape)}"
+            )
         diagonal = scale_tril.diagonal()
         if not loc.isfinite().all() or not scale_tril.isfinite().all() or not (diagonal > 0).all():
             raise ValueError("expected a finite loc and a finite lower triangular matrix with a positive diagonal")
+        if scale_tril.triu(1).any():
+            raise ValueError(
+                "expected a lower triangular matrix; got entries above the diagonal: pass the Cholesky factor of the "
+                "covariance, torch.linalg.cholesky(covariance)"
+            )
         self.start_loc.copy_(loc)
-        self.start_tril.copy_(diagonal if self.lower is None else scale_tril.tril())
+        self.start_tril.copy_(diagonal if self.lower is None else scale_tril)
         return self
 
     def forward_and_ladj(self, x, context=None):

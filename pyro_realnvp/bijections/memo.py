@@ -113,7 +113,7 @@ def is_eager(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     try:
-        return all(tensor.data_ptr() is not None for tensor in tensors)
+        return all(not tensor.is_meta and tensor.data_ptr() is not None for tensor in tensors)
     except RuntimeError:  # A stand-in has no memory to point to.
         return False
 

@@ -49,6 +49,11 @@ def broadcast_batch(x: Tensor, context: Tensor | None, event_dim: int = 1) -> Te
     return x if batch_shape == x.shape[:batch_dim] else x.expand(batch_shape + x.shape[batch_dim:])
 
 
+def for_inner_axes(context: Tensor | None, count: int) -> Tensor | None:
+    """The context for a bijection that treats `count` axes of the events as batch axes: it is the same along them."""
+    return context if context is None else context.reshape(context.shape[:-1] + (1,) * count + context.shape[-1:])
+
+
 def squeeze(x: Tensor, factor: int = 2) -> Tensor:
     """Moves space to channels: (..., C, H, W) to (..., C f^2, H / f, W / f).
 
@@ -65,10 +70,16 @@ def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
     return x.flatten(-4, -3).flatten(-2, -1)
 
 
-def _bounds(constraint: constraints.Constraint) -> tuple[Tensor | float | None, Tensor | float | None]:
-    """The lower and the upper bound of the entries, None where there is none that a density cannot reach."""
+def of_entries(constraint: constraints.Constraint) -> constraints.Constraint:
+    """The constraint of single entries from which those of vectors and images are made."""
     while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
+    return constraint
+
+
+def bounds(constraint: constraints.Constraint) -> tuple[Tensor | float | None, Tensor | float | None]:
+    """The lower and the upper bound of the entries, None where there is none that a density cannot reach."""
+    constraint = of_entries(constraint)
     if isinstance(constraint, constraints.greater_than_eq):
         return None, None
     return getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
@@ -76,7 +87,7 @@ def _bounds(constraint: constraints.Constraint) -> tuple[Tensor | float | None, 
 
 def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor | None:
     """Which entries of a value lie between their bounds and not on them; None if the constraint has no bounds."""
-    low, high = _bounds(constraint)
+    low, high = bounds(constraint)
     if low is None and high is None:
         return None
     inside = torch.ones_like(value, dtype=torch.bool)
@@ -89,7 +100,7 @@ def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor
 
 def inner_point(constraint: constraints.Constraint, like: Tensor) -> Tensor:
     """For each entry a number between its bounds."""
-    low, high = (torch.as_tensor(torch.nan if bound is None else bound).to(like) for bound in _bounds(constraint))
+    low, high = (torch.as_tensor(torch.nan if bound is None else bound).to(like) for bound in bounds(constraint))
     from_below, from_above = low.isfinite(), high.isfinite()
     one_sided = torch.where(from_below, low + 1, torch.where(from_above, high - 1, 0.0))
     return torch.where(from_below & from_above, (low + high) / 2, one_sided)

@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from ..bijections.inputs import check_event_shape
 from ..distributions import Flow
+from .multi_scale import check_image_shape
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
@@ -234,10 +235,14 @@ def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
         log_prob: the log-probability of integer images, in nats.
         image_shape: the shape (C, H, W) of one image.
 
+    Raises:
+        ValueError: ``image_shape`` is not (C, H, W).
+
     Example:
         >>> bits_per_dim(torch.tensor(-8 * math.log(256.0)), (1, 2, 4))
         tensor(8.)
     """
+    check_image_shape(image_shape)
     return -log_prob / (torch.Size(image_shape).numel() * math.log(2))
 
 

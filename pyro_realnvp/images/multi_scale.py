@@ -235,10 +235,15 @@ def _coupling_maker(
     return make
 
 
-def _checked(image_shape: Sequence[int], num_scales: int | None) -> tuple[torch.Size, int]:
-    """Checks both arguments. Without ``num_scales`` it chooses the most scales that leave 4 x 4 pixels or more."""
+def check_image_shape(image_shape: Sequence[int]) -> None:
+    """Raises an error unless the shape is one of an image."""
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"expected image_shape to be (channels, height, width); got {tuple(image_shape)}")
+
+
+def _checked(image_shape: Sequence[int], num_scales: int | None) -> tuple[torch.Size, int]:
+    """Checks both arguments. Without ``num_scales`` it chooses the most scales that leave 4 x 4 pixels or more."""
+    check_image_shape(image_shape)
     size = image_shape[1:]
     if num_scales is None:
         num_scales = 1

@@ -226,7 +226,7 @@ class AllLatents(GuideBase, AutoContinuous):
         if self._has_dynamic_supports and latent.dim() > 1:
             raise ValueError(
                 "the supports of this model depend on its latents, so each draw has others: take the values of the "
-                "sites from pyro_realnvp.neutra, or from the model itself"
+                "sites from pyro_realnvp.sample_posterior, or from the model itself"
             )
         for name, part in unpack(latent, self.sites).items():
             site = self.prototype_trace.nodes[name]

@@ -51,7 +51,7 @@ class GuideBase:
         """The model as the caller passed it, without the handlers that some of Pyro's guides wrap around it."""
         if self._plain_model is None:
             raise RuntimeError(
-                "the guide was unpickled and has lost its model: pass model= to fit_guide, diagnose or neutra"
+                "the guide was unpickled and has lost its model: pass model= to fit_guide, diagnose or sample_posterior"
             )
         return self._plain_model[0]
 
@@ -98,14 +98,16 @@ class GuideBase:
         loaded from a file, the guide takes over the values that it finds there under its own name.
         """
         self._check_built()
-        module = self._modules[name]
+        module, prefix = self._modules[name], f"{self._store_name}.{name}"
         store = pyro.get_param_store()
-        first = next(module.parameters(), None)
-        is_new = first is not None and store.param_name(first) is None
+        names = [store.param_name(p) for p in module.parameters()]
+        is_new = bool(names) and not any(names)  # frozen parameters have no name in the store
         if is_new:
-            self._take_from_store(f"{self._store_name}.{name}", module)
+            self._take_from_store(prefix, module)
         if self._pyro_context.active:
-            pyro.module(f"{self._store_name}.{name}", module)
+            for key, p in module.named_parameters():
+                if p.requires_grad:  # pyro.module would do the same, and warn of each parameter that does not
+                    pyro.param(param_with_module_name(prefix, key), p)
             if is_new:
                 self._put_buffers_into_store()
         return module

@@ -45,12 +45,16 @@ class Diagnosis:
         chosen = torch.multinomial((self.log_weights - self.log_weights.max()).exp(), num_samples, replacement=True)
         return {name: values[chosen] for name, values in self.draws.items()}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         n = len(self.log_weights)
         # If the weights are nearly equal, the guide is good, whatever the tail of their small differences is.
         good = self.pareto_k < 0.5 or self.effective_sample_size > 0.9 * n
         verdict = "good" if good else "usable, with resample()" if self.pareto_k < 0.7 else "poor"
-        remedy = ": train longer, add couplings, reparametrize the model, or use neutra()" if verdict == "poor" else ""
+        remedy = (
+            ": train longer, add couplings, reparametrize the model, or use sample_posterior()"
+            if verdict == "poor"
+            else ""
+        )
         return (
             f"pareto k               {self.pareto_k:.2f}, {verdict}{remedy}\n"
             f"log evidence           {self.log_evidence:.3f} +- {self.log_evidence_error:.3f} nats\n"

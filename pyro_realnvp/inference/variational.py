@@ -82,7 +82,8 @@ def fit_guide(
         memory: the bytes that an evaluation of many draws may take. More draws are evaluated in pieces.
         callbacks: functions of the :class:`History` so far, called after each step; one that returns True stops the
             training.
-        progress: whether to show a progress bar with the mean of the last 50 negative ELBOs and the best one.
+        progress: whether to show a progress bar with the mean of the last 50 negative ELBOs and the best one; where
+            the output is no terminal, one line for each tenth of the steps.
 
     Returns:
         The :class:`History`, which ``plots.plot_loss`` draws.

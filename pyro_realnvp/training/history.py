@@ -36,6 +36,14 @@ class History:
     seconds: float = 0.0
     """The wall-clock time; for a resumed training, that of all its runs together."""
 
+    def __repr__(self) -> str:
+        parts = [f"{len(self.loss)} steps in {self.seconds:.1f} s, {self.stopped}"]
+        if self.validation_steps:
+            parts.append(f"best loss {self.best_loss:.3f} at step {self.best_step}")
+        if self.skipped_steps:
+            parts.append(f"{self.skipped_steps} steps skipped, best weights restored {self.restores} times")
+        return f"History({'; '.join(parts)})"
+
 
 Callback = Callable[[History], object]
 """A function of the history so far, called after each step. If it returns True, the training stops."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm.auto import tqdm
 
 from . import distributed
 from .checkpoint import Checkpoint
 from .history import Callback, History
 from .options import LoopOptions
+from .progress import Progress
 from .snapshots import Average, State
 
 _SKIPS_BEFORE_RESTORE = 10
@@ -90,8 +90,7 @@ class Training:
         asked = any(distributed.gather(bool(callbacks)))
         were_training = [module.training for module in self.modules]
         _train(self.modules, True)
-        hidden = not progress or distributed.rank() > 0
-        bar = tqdm(total=options.num_steps, initial=self.step, unit="step", disable=hidden)
+        bar = Progress(options.num_steps, initial=self.step, show=progress and distributed.rank() == 0)
         try:
             if self.step == 0 and validate_start:
                 self._validate(validation)
@@ -111,8 +110,7 @@ class Training:
                     self._validate(validation)
                 if self.step % 10 == 0 or self.is_done:
                     mean, _ = _summary(history.loss[-50:])
-                    bar.set_postfix(loss=f"{mean:.3f}", best=f"{history.best_loss:.3f}", refresh=False)
-                    bar.update(self.step - bar.n)
+                    bar.update(self.step, {"loss": f"{mean:.3f}", "best": f"{history.best_loss:.3f}"})
                 if checkpoint and (self.step % checkpoint.every == 0 or self.is_done):
                     checkpoint.write()
         except KeyboardInterrupt:
@@ -160,6 +158,10 @@ class Training:
             self.skips_in_a_row = 0
         else:
             value = math.nan
+            # Without gradients the optimizer changes nothing. Torch warns if the first step of a schedule comes before
+            # that of its optimizer.
+            self.optimizer.zero_grad()
+            self.optimizer.step()
             history.skipped_steps += 1
             self.skips_in_a_row += 1
         self.schedule.step()

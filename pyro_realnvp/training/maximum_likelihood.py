@@ -111,7 +111,8 @@ def fit(
             GPU from pinned memory.
         autocast: a dtype, such as ``torch.bfloat16``, for the products in the networks. It is not used in validation.
         tf32: whether float32 products may use TensorFloat-32 on GPUs that have it.
-        progress: whether to show a progress bar with the mean of the last 50 losses and the best.
+        progress: whether to show a progress bar with the mean of the last 50 losses and the best; where the output is
+            no terminal, one line for each tenth of the steps.
 
     Returns:
         The :class:`History`; ``plots.plot_loss`` draws it.

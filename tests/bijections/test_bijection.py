@@ -4,11 +4,14 @@
 import inspect
 
 import pyro.distributions as dist
+import pyro.distributions.transforms as T
 import pytest
 import torch
-from helpers import make_flow, small, table
+from helpers import make_flow, perturb, small, table
+from pyro.distributions.conditional import ConditionalComposeTransformModule
 
 import pyro_realnvp as rn
+from pyro_realnvp.bijections.shapes import sum_events
 
 
 def test_a_context_passes_by_what_takes_none():
@@ -17,6 +20,28 @@ def test_a_context_passes_by_what_takes_none():
     base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
     d = dist.ConditionalTransformedDistribution(base, [flow, standardize.inv]).condition(c)
     assert d.batch_shape == (5,) and d.log_prob(d.sample()).shape == (5,)
+
+
+def test_all_of_pyros_ways_to_pass_a_context():
+    """An idiom of Pyro's users, and its two classes, with bijections and transforms that do and do not take one."""
+    base, c = dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.randn(5, 3)
+    affine = rn.Standardize(2).fit(torch.randn(9, 2)).inv
+    parts = [T.Spline(2), perturb(small(2, context_dim=3)), affine, small(2), T.conditional_spline(2, 3)]
+    given = [part.condition(c) if hasattr(part, "condition") else part for part in parts]
+    y = dist.TransformedDistribution(base, given).sample((5,))
+    log_p, value = 0.0, y
+    for part in reversed(given):
+        x = part.inv(value)
+        log_p = log_p - sum_events(part.log_abs_det_jacobian(x, value), 1 - part.domain.event_dim)
+        value = x
+    log_p = log_p + base.log_prob(value)
+    whole = ConditionalComposeTransformModule(parts).condition(c)
+    for d in (
+        dist.TransformedDistribution(base, given),
+        dist.ConditionalTransformedDistribution(base, parts).condition(c),
+        dist.TransformedDistribution(base, [whole]),
+    ):
+        torch.testing.assert_close(d.log_prob(y), log_p, atol=1e-3, rtol=1e-3)
 
 
 def test_a_subclass_may_declare_its_own_domain_and_take_a_context():

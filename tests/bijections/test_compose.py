@@ -5,7 +5,8 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from helpers import table
+from helpers import perturb, table
+from torch.autograd import forward_ad
 
 import pyro_realnvp as rn
 from pyro_realnvp import masks
@@ -45,6 +46,50 @@ def test_compose_sums_elementwise_parts_over_the_event():
     torch.testing.assert_close(f.inverse_and_ladj(f(x))[1], x.log().sum(-1))
 
 
+@pytest.mark.parametrize(
+    ("part", "event_shape"),
+    [(rn.Logit, (2,)), (lambda: T.Spline(1), (1,)), (lambda: T.Spline(2), (3, 2)), (lambda: rn.real_nvp(2), (3, 2))],
+    ids=["logit", "spline", "spline with another axis", "couplings with another axis"],
+)
+def test_log_determinants_are_summed_over_the_declared_events(part, event_shape):
+    f = perturb(rn.Compose([part()], event_shape=event_shape)).double()
+    x = torch.rand(5, *event_shape, dtype=torch.float64)
+    assert f.domain.event_dim == f.codomain.event_dim == len(event_shape)
+    assert rn.check_bijection(f, x).passed
+    flow = rn.Flow(f.inv)
+    jacobians = torch.stack([torch.func.jacrev(f)(one).reshape(one.numel(), -1) for one in x])
+    normal = dist.Normal(0.0, 1.0).expand(event_shape).to_event(len(event_shape))
+    torch.testing.assert_close(flow().log_prob(x), normal.log_prob(f(x)) + jacobians.det().abs().log())
+    assert flow().event_shape == event_shape
+
+
+def test_all_vectors_of_an_event_get_the_context_of_the_event():
+    f = perturb(rn.real_nvp(2, num_couplings=2, context_dim=3))
+    x, context = torch.randn(4, 4, 2), torch.randn(4, 3)
+    y, ladj = f.forward_and_ladj(x, context[:, None])
+    for inverse in (False, True):
+        stack = rn.Compose([f.inv if inverse else f], event_shape=(4, 2)).condition(context)
+        stack = stack.inv if inverse else stack
+        torch.testing.assert_close(stack(x), y)
+        torch.testing.assert_close(stack.log_abs_det_jacobian(x, y), ladj.sum(-1))
+    log_p = dist.Normal(0.0, 1.0).expand((4, 2)).to_event(2).log_prob(x) - ladj.sum(-1)
+    torch.testing.assert_close(rn.Flow(f, event_shape=(4, 2))(context).log_prob(y), log_p)
+
+
+@pytest.mark.parametrize("batch_shape", [(), (3,)])
+def test_tangents_have_the_dtype_of_the_flow(batch_shape):
+    """Torch makes float64 of the tangent of a number plus a tensor without axes, as a single log-determinant is."""
+    flow, x = rn.Flow(perturb(rn.real_nvp(2, num_couplings=2))), torch.randn(*batch_shape, 2)
+    direction = torch.randn_like(x)
+    score, slope = torch.func.jvp(lambda x: flow().log_prob(x), (x,), (direction,))
+    assert score.dtype == slope.dtype == torch.float32
+    gradient = torch.func.grad(lambda x: flow().log_prob(x).sum())(x)
+    torch.testing.assert_close(slope, (gradient * direction).sum(-1))
+    with forward_ad.dual_level():
+        dual = flow().log_prob(forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, slope)
+
+
 def test_a_part_with_a_context_gets_it():
     f = rn.Compose([rn.real_nvp(2, context_dim=3), rn.ActNorm(2), rn.real_nvp(2, context_dim=3)])
     assert f.context_dim == 3
@@ -52,9 +97,31 @@ def test_a_part_with_a_context_gets_it():
     assert f.inv.condition(torch.randn(4, 3))(torch.zeros(2)).shape == (4, 2)
 
 
+def test_a_stack_prints_its_parts_by_kind():
+    f = rn.Compose([rn.real_nvp(2, between=rn.InvertibleLinear), T.Spline(2), rn.Standardize(2).inv])
+    assert repr(f) == "Compose(16 x AffineCoupling, 15 x InvertibleLinear, Spline, Standardize.inv)"
+    assert repr(f.inv) == repr(f) + ".inv"
+    assert repr(rn.Compose([f.inv])).startswith("Compose(16 x AffineCoupling.inv, ")
+    assert repr(rn.Compose([])) == "Compose()"
+    images = rn.image_real_nvp((1, 16, 16), num_scales=2)
+    assert repr(images) == "Compose(10 x ActNorm, 10 x AffineCoupling, Squeeze, Squeeze.inv, FactorOut).inv"
+    conditional = rn.Compose([rn.real_nvp(2, num_couplings=2, context_dim=1).condition(torch.zeros(1))])
+    assert repr(conditional) == "Compose(2 x AffineCoupling)"
+
+
 def coupling(dim):
     mask = masks.half(dim)
     return rn.AffineCoupling(mask, rn.MLP(mask.num_kept, 2 * mask.num_changed))
+
+
+def test_a_stack_may_leave_entries_unchanged_if_it_is_said_to():
+    f, x = perturb(coupling(4)), torch.randn(5, 4)
+    torch.testing.assert_close(rn.Compose([f, f.inv], allow_unchanged=True)(x), x)
+    left = rn.Compose([rn.FactorOut(masks.half(4), rn.real_nvp(2))], allow_unchanged=True)
+    right = rn.Compose([rn.FactorOut(masks.half(4, 1), rn.real_nvp(2))], allow_unchanged=True)
+    with pytest.raises(ValueError, match=r"never changes entries \[0, 1\] .* allow_unchanged=True"):
+        rn.Compose([left, left])
+    assert rn.Compose([left, right])(x).shape == (5, 4)
 
 
 @table(

@@ -55,6 +55,8 @@ def test_an_image_as_context_is_seen_where_it_is():
     ("make", "error", "message"),
     {
         "MLP: no width": (lambda: rn.MLP(2, 4, hidden_dims=()), ValueError, "at least one hidden width"),
+        "MLP: no input": (lambda: rn.MLP(0, 4), ValueError, "in_features >= 1; got 0"),
+        "MLP: negative output": (lambda: rn.MLP(2, -4), ValueError, "out_features >= 1; got -4"),
         "MLP: width zero": (lambda: rn.MLP(2, 4, hidden_dims=(8, 0)), ValueError, "all positive"),
         "MLP: unequal residual widths": (
             lambda: rn.MLP(2, 4, hidden_dims=(8, 9), residual=True),

@@ -77,6 +77,10 @@ def test_context_changes_the_map_and_broadcasts():
     assert not torch.allclose(y[0, 0], y[0, 1])
 
 
+class Forgetful(rn.Coupling):
+    """A coupling that does not say how many outputs it reads."""
+
+
 @table(
     ("make", "error", "message"),
     {
@@ -84,6 +88,16 @@ def test_context_changes_the_map_and_broadcasts():
             lambda: rn.AffineCoupling(torch.tensor([True, False]), rn.MLP(1, 2)),
             TypeError,
             "expected a Mask",
+        ),
+        "no number of outputs": (
+            lambda: Forgetful(masks.half(2), rn.MLP(1, 2)),
+            TypeError,
+            "Forgetful .* in the class",
+        ),
+        "no number of outputs, in a flow": (
+            lambda: rn.real_nvp(2, coupling=Forgetful),
+            TypeError,
+            "outputs_per_entry = 2",
         ),
         "function as conditioner": (lambda: rn.AffineCoupling(masks.half(2), lambda x: x), TypeError, "nn.Module"),
         "bound zero": (

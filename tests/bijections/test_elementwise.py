@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import table
+from helpers import small, table
 
 import pyro_realnvp as rn
 
@@ -44,11 +45,40 @@ def test_logit_reaches_a_little_beyond_and_says_so():
     torch.testing.assert_close(x[[0, -1]], torch.tensor([-0.05 / 0.9, 0.95 / 0.9]))
     assert x[0] == x.new_tensor(f.domain.lower_bound) and x[-1] == x.new_tensor(f.domain.upper_bound)
     assert f.log_abs_det_jacobian(x, far).isfinite().all()  # the pair is remembered
-    assert not f.domain.check(torch.tensor(1.06)) and f(torch.tensor(1.06)).isnan()  # not clamped
+    assert not f.domain.check(torch.tensor(1.06))
     d = dist.TransformedDistribution(dist.Normal(0.0, 1.0), [f.inv])
     assert d.support.check(torch.tensor(1.05)) and not d.support.check(torch.tensor(1.06))
     grid = torch.linspace(-0.0555, 1.0555, 20001)
     assert torch.trapezoid(d.log_prob(grid).exp(), grid) == pytest.approx(1.0, abs=1e-3)
+
+
+def beyond(f, bad, what):
+    """A bijection, an input of which one entry lies beyond a bound, and the words of the error."""
+    message = f"expected values in {what}; got 1 of 4 beyond it, such as {bad:g}"
+    return f, torch.tensor([[0.5, bad], [0.5, 0.5]]), message
+
+
+bounded = rn.Compose([small(2, context_dim=1), rn.Logit().inv])
+
+
+@pytest.mark.parametrize(
+    ("f", "x", "message"),
+    [
+        beyond(rn.Logit(0.25), 2.0, r"Interval\(lower_bound=-0.5, upper_bound=1.5\)"),
+        beyond(rn.Logit().inv.inv, -0.1, r"Interval\(.*\)"),
+        beyond(rn.Unbound([-torch.inf, 0.0], [1.0, torch.inf]), -2.0, r"Box\(\[-inf, 0.0\], \[1.0, inf\]\)"),
+        beyond(bounded.condition(torch.zeros(1)).inv, 2.0, r"Interval\(.*\)"),
+        beyond(rn.Compose([dist.transforms.ExpTransform()]).inv, -1.0, r"GreaterThan\(.*\)"),
+    ],
+    ids=["logit", "view of its inverse", "unbound", "conditioned stack", "pyro's"],
+)
+def test_a_value_beyond_the_bounds_is_refused(f, x, message):
+    with pytest.raises(ValueError, match=message):
+        f(x)
+    assert f(torch.full_like(x, torch.nan)).isnan().all()  # as in every bijection
+    assert torch.vmap(f)(x).isnan().any()  # where values cannot be looked at
+    with pyro.validation_enabled(False):
+        assert f(x.clone()).isnan().any()
 
 
 @table(

@@ -22,6 +22,16 @@ def test_linear_is_a_matrix():
             ValueError,
             "expected event shape",
         ),
+        "start above the diagonal": (
+            lambda: rn.TriangularAffine(2).start_at(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.5, 1.0]])),
+            ValueError,
+            "lower triangular.*cholesky",
+        ),
+        "start of another size": (
+            lambda: rn.TriangularAffine(2).start_at(torch.zeros(1), torch.ones(1, 1)),
+            ValueError,
+            r"D = 2; got \(1,\) and \(1, 1\)",
+        ),
     },
 )
 def test_bad_input(make, error, message):

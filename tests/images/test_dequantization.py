@@ -255,6 +255,11 @@ X = torch.arange(80).reshape(5, 1, 4, 4) % 16
             ValueError,
             "num_steps >= 2",
         ),
+        "shape of a batch": (
+            lambda: rn.bits_per_dim(torch.zeros(5), (5, 1, 8, 8)),
+            ValueError,
+            r"image_shape to be .*; got \(5, 1, 8, 8\)",
+        ),
     },
 )
 def test_bad_input(make, error, message):

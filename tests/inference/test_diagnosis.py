@@ -3,9 +3,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import fitted, table
 from pyro.infer.importance import psis_diagnostic
 
 import pyro_realnvp as rn
+
+ONES = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+X = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+RESPONSE = X @ torch.tensor([1.0, -2.0, 0.5]) + 0.7 * torch.randn(30, generator=torch.Generator().manual_seed(1))
 
 
 def test_diagnose_agrees_with_pyro_and_tells_good_from_poor():
@@ -16,7 +21,7 @@ def test_diagnose_agrees_with_pyro_and_tells_good_from_poor():
         pyro.sample("z", dist.Normal(0.0, 0.4))
 
     poor = rn.diagnose(narrow, model=wide, num_samples=4000)
-    assert poor.pareto_k > 0.7 and "poor: train longer" in str(poor)
+    assert poor.pareto_k > 0.7 and "poor: train longer" in str(poor) == repr(poor)
     pyro.set_rng_seed(1)
     ours = rn.diagnose(narrow, model=wide, num_samples=2000)
     pyro.set_rng_seed(1)
@@ -39,3 +44,46 @@ def test_resampling_corrects_a_guide():
     assert draws.mean() == pytest.approx(2.0, abs=0.05) and draws.std() == pytest.approx(0.5**0.5, abs=0.03)
     exact = dist.Normal(1.0, 2**0.5).log_prob(torch.tensor(3.0)).item()
     assert abs(report.log_evidence - exact) < 4 * report.log_evidence_error
+
+
+def of_a_mean():
+    m = pyro.sample("m", dist.Normal(1.0, 2.0))
+    with pyro.plate("rows", 30):
+        pyro.sample("y", dist.Normal(m, 1.5), obs=RESPONSE)
+
+
+def of_a_rate():
+    p = pyro.sample("p", dist.Beta(2.0, 3.0))
+    with pyro.plate("rows", len(ONES)):
+        pyro.sample("y", dist.Bernoulli(p), obs=ONES)
+
+
+def of_a_regression():
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+    with pyro.plate("rows", 30):
+        pyro.sample("y", dist.Normal(X @ b, 0.7), obs=RESPONSE)
+
+
+@pytest.mark.slow
+@table(
+    ("model", "evidence"),
+    {
+        "conjugate normal": (
+            of_a_mean,
+            dist.MultivariateNormal(torch.ones(30), 2.25 * torch.eye(30) + 4.0).log_prob(RESPONSE).item(),
+        ),
+        "beta and Bernoulli": (
+            of_a_rate,
+            (torch.lgamma(torch.tensor([7.0, 5.0, 5.0])) - torch.lgamma(torch.tensor([2.0, 3.0, 12.0]))).sum().item(),
+        ),
+        "linear regression": (
+            of_a_regression,
+            dist.MultivariateNormal(torch.zeros(30), 0.49 * torch.eye(30) + 4 * X @ X.T).log_prob(RESPONSE).item(),
+        ),
+    },
+)
+def test_the_evidence_of_models_that_have_a_known_one(model, evidence):
+    report = rn.diagnose(fitted(model, num_steps=200), num_samples=10_000)
+    assert report.log_evidence_error < 0.01
+    assert abs(report.log_evidence - evidence) < 4 * report.log_evidence_error + 1e-3
+    assert f"log evidence           {report.log_evidence:.3f} +- {report.log_evidence_error:.3f} nats" in str(report)

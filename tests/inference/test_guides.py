@@ -200,6 +200,15 @@ def test_a_second_guide_does_not_get_the_parameters_of_the_first():
     assert not ours & theirs
 
 
+def test_a_frozen_guide_draws_without_a_warning():
+    guide = fitted(two_modes, num_steps=2).requires_grad_(False)
+    guide.transform.parts[1].requires_grad_(True)
+    pyro.clear_param_store()
+    assert guide()["z"].shape == rn.diagnose(guide, num_samples=100).draws["z"][0].shape
+    store = pyro.get_param_store()
+    assert all((store.param_name(p) is not None) == p.requires_grad for p in guide.parameters())
+
+
 def test_states_copies_and_pickles():
     guide = fitted(uncentered, YEAR, Y, num_steps=20)
     fresh = rn.AutoRealNVP(uncentered, num_couplings=4)

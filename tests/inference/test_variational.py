@@ -156,7 +156,9 @@ def test_bad_input(make, error, message):
         make()
 
 
-@pytest.mark.parametrize("function", [rn.fit_guide, rn.diagnose, rn.neutra], ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "function", [rn.fit_guide, rn.diagnose, rn.neutra, rn.sample_posterior], ids=lambda function: function.__name__
+)
 def test_a_model_whose_argument_has_the_name_of_an_option_is_refused(function):
     def model(y, num_samples=3, lr=0.1):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

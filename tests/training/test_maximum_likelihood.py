@@ -242,6 +242,12 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(x):
     assert history.best_loss < 2.6
 
 
+def test_a_skipped_first_step_warns_of_nothing_else(x):
+    with pytest.warns(RuntimeWarning) as caught:
+        history = run(Exploding({1, 2}), x)
+    assert history.skipped_steps == 2 and ["2 of 60 steps" in str(w.message) for w in caught] == [True]
+
+
 def test_repeated_skips_restore_the_best_weights(x):
     flow = Exploding(set(range(30, 40)))
     with pytest.warns(RuntimeWarning, match="restored 1 times"):
