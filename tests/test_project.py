@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "distributions": {"bases", "bijections"},
     "images": {"bijections", "distributions"},
     "training": {"bases", "bijections", "distributions", "saving"},
-    "inference": {"bijections", "flows", "distributions", "training"},
+    "inference": {"bases", "bijections", "flows", "distributions", "training"},
     "columns": set(),
     "table_flows": {"bases", "bijections", "columns", "flows", "distributions"},
     "estimator": {"columns", "distributions", "table_flows", "training"},
