@@ -9,7 +9,7 @@ import time
 import pyro
 import torch
 
-NAMES = ["birth", "evaluations", "speed", "training", "moons", "time_to", "tabular", "patches"]
+NAMES = ["birth", "evaluations", "speed", "training", "moons", "time_to", "tabular", "classes", "patches"]
 NAMES += ["images", "guides", "sampling"]
 
 names = sys.argv[1:] or NAMES

@@ -116,6 +116,18 @@ def test_samples_are_levels():
     assert rn.Dequantized(wide, levels=8).support.check(samples).all()
 
 
+def test_an_average_of_buffers_keeps_the_masks():
+    pixels = rn.Compose([rn.image_real_nvp((1, 4, 4), num_couplings=2, hidden_channels=4), rn.Logit().inv])
+    flow = perturb(rn.DequantizedFlow(rn.Flow(pixels), levels=4))
+    average = torch.optim.swa_utils.AveragedModel(flow, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(flow)
+    torch.manual_seed(0)
+    expected = flow().sample((3,))
+    torch.manual_seed(0)
+    assert torch.equal(average.module().sample((3,)), expected)
+
+
 def test_in_a_pyro_model():
     flow = rn.Flow(rn.Compose([rn.image_real_nvp((1, 4, 4), hidden_channels=4, num_couplings=2), rn.Logit().inv]))
     images = rn.DequantizedFlow(flow, levels=16)

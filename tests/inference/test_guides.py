@@ -230,6 +230,18 @@ def test_states_copies_and_pickles():
     rn.fit_guide(pickled, YEAR, Y, num_steps=2, progress=False)  # it keeps the model that it was given
 
 
+def test_an_average_of_buffers_stays_trained():
+    guide = fitted(uncentered, YEAR, Y, num_steps=5)
+    average = torch.optim.swa_utils.AveragedModel(guide, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(guide)
+    assert average.module.is_trained
+    torch.manual_seed(0)
+    expected = guide.sample(5)
+    torch.manual_seed(0)
+    torch.testing.assert_close(average.module.sample(5), expected)
+
+
 def test_double_precision():
     def model():
         pyro.sample("z", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
