@@ -27,6 +27,8 @@ class Posterior(NamedTuple):
     """A function of N draws of the sites, which returns ``(N, K)`` quantities."""
     exact: Moments
     """Their exact means and deviations, ``(K,)``."""
+    num_starts: int = 1
+    """The number of points from which the guide searches for modes."""
 
 
 def hierarchy(y: Tensor, errors: Tensor, scale_of_mu: float, prior_of_tau: dist.Distribution) -> Posterior:
@@ -97,7 +99,7 @@ def regression() -> Posterior:
     return Posterior(model, lambda s: s["b"], (covariance @ x.T @ y, covariance.diagonal().sqrt()))
 
 
-def two_modes(distance: float) -> Posterior:
+def two_modes(distance: float, num_starts: int = 1) -> Posterior:
     """Normals of the deviation 0.5 and the weights 0.3 and 0.7, so many apart. The fraction on the left is compared."""
     half = distance / 2
 
@@ -113,7 +115,7 @@ def two_modes(distance: float) -> Posterior:
         torch.tensor([0.4 * half, 0.0, left]),
         torch.tensor([(0.25 + 0.84 * half**2) ** 0.5, 1.0, (left - left**2) ** 0.5]),
     )
-    return Posterior(model, lambda s: torch.cat([s["z"], (s["z"][:, :1] < 0).float()], 1), exact)
+    return Posterior(model, lambda s: torch.cat([s["z"], (s["z"][:, :1] < 0).float()], 1), exact, num_starts)
 
 
 POSTERIORS = {
@@ -123,6 +125,7 @@ POSTERIORS = {
     "hierarchy, 100 dimensions": hundred,
     "two modes, 4 deviations apart": lambda: two_modes(2.0),
     "two modes, 8 deviations apart": lambda: two_modes(4.0),
+    "the same, num_starts=16": lambda: two_modes(4.0, num_starts=16),
 }
 
 
@@ -138,13 +141,13 @@ def nuts(model: Callable, num_samples: int) -> PosteriorSamples:
 def rows(posterior: Posterior, *, num_steps: int, num_samples: int) -> list[list[str]]:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    guide = AutoRealNVP(posterior.model)
+    guide = AutoRealNVP(posterior.model, num_starts=posterior.num_starts)
     training = fit_guide(guide, num_steps=num_steps, progress=False).seconds
     sample_posterior(guide, num_samples=4, warmup_steps=4, progress=False)  # the first call pays for what torch loads
     calls = {
         "Pyro: NUTS": lambda: nuts(posterior.model, num_samples),
         "ours: neutra": lambda: neutra(guide, num_samples=num_samples, warmup_steps=num_samples, progress=False),
-        "ours: sample_posterior": lambda: sample_posterior(guide, progress=False),
+        "ours: sample_posterior": lambda: sample_posterior(guide, seed=0, progress=False),
     }
     table, reference = [], None
     for name, call in calls.items():

@@ -25,11 +25,9 @@ def r_hat(draws: Tensor) -> Tensor:
     Returns:
         ``shape``.
     """
-    half = draws.shape[1] // 2
     flat = draws.flatten(2) if draws.dim() > 2 else draws.unsqueeze(2)
-    halves = torch.stack([flat[:, :half], flat[:, -half:]], 1)  # (C, 2, N // 2, entries)
-    distances = (halves - halves.flatten(0, 2).median(0).values).abs()
-    return _unless_constant(draws, torch.maximum(_between_groups(halves), _between_groups(distances)))
+    distances = (flat - flat.flatten(0, 1).median(0).values).abs()
+    return _unless_constant(draws, torch.maximum(_r_hat_of_ranks(flat), _r_hat_of_ranks(distances)))
 
 
 def effective_sample_size(draws: Tensor) -> Tensor:
@@ -61,15 +59,18 @@ def effective_sample_size(draws: Tensor) -> Tensor:
     return _unless_constant(draws, total / time.clamp(min=1 / math.log10(total)))
 
 
-def _between_groups(halves: Tensor) -> Tensor:
-    """R-hat of the normal scores of ``(C, 2, N // 2, entries)``, with the halves of groups of chains as chains."""
-    number = len(halves)
+def _r_hat_of_ranks(values: Tensor) -> Tensor:
+    """Split R-hat of the normal scores of ``(C, N, entries)``, with groups of chains as chains."""
+    number = len(values)
     sizes = [m for m in range(1, _LARGEST_GROUP + 1) if number % m == 0 and number >= m * _FEWEST_GROUPS]
-    scores = _scores(halves.flatten(0, 1)).unflatten(0, (number, 2))
-    order = scores[:, 0, 0].argsort(0)  # by the first draw of each chain
-    scores = scores.gather(0, order[:, None, None].expand_as(scores))
-    groups = scores.unflatten(0, (-1, max(sizes, default=1))).transpose(1, 2)  # (groups, 2, chains, N // 2, entries)
-    return stats.gelman_rubin(groups.flatten(2, 3).flatten(0, 1))
+    size = max(sizes, default=1)
+    if size > 1:
+        order = values[:, 0].argsort(0).unsqueeze(1)
+        values = values[:, 1:].gather(0, order.expand_as(values[:, 1:]))  # the first draw has made the groups
+    half = values.shape[1] // 2
+    scores = _scores(torch.cat([values[:, :half], values[:, -half:]]))
+    # The first halves of all groups, followed by their last halves.
+    return stats.gelman_rubin(scores.unflatten(0, (-1, size)).flatten(1, 2))
 
 
 def _scores(values: Tensor) -> Tensor:

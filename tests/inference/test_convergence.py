@@ -30,7 +30,13 @@ def test_numbers_of_few_chains_are_those_of_arviz(correlation, samples):
 
 @table(
     ("correlation", "samples"),
-    {"independent": (0.0, 20), "correlated": (0.8, 100), "oscillating": (-0.5, 100), "slow": (0.95, 400)},
+    {
+        "independent": (0.0, 4),
+        "a few": (0.0, 20),
+        "correlated": (0.8, 100),
+        "oscillating": (-0.5, 100),
+        "slow": (0.95, 400),
+    },
 )
 def test_many_short_chains_that_have_converged(correlation, samples):
     x = autoregressive(256, samples, correlation)

@@ -128,6 +128,24 @@ def test_two_modes_that_the_guide_covers():
     assert_share(draws, "z", lambda z: z[..., 0] < 0, 0.3 * 0.97725 + 0.7 * 0.02275)
 
 
+@pytest.mark.slow
+def test_modes_far_apart_have_their_weights_even_if_the_guide_has_others():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        left, right = (dist.Normal(m, 0.5).log_prob(z[0]) for m in (-3.0, 3.0))
+        mixture = torch.logaddexp(math.log(0.2) + left, math.log(0.8) + right) + dist.Normal(0.0, 1.0).log_prob(z[1])
+        pyro.factor("mixture", mixture - dist.Normal(0.0, 10.0).log_prob(z).sum())
+
+    guide = fitted(model, num_steps=100, num_starts=16)
+    with torch.no_grad():
+        guide.mixture.logits.sub_(guide.mode_weights().log())  # now both weights are a half
+    torch.testing.assert_close(guide.mode_weights(), torch.tensor([0.5, 0.5]))
+    draws = draw(guide)
+    assert draws.max_r_hat < 1.01
+    assert_share(draws, "z", lambda z: z[..., 0] < 0, 0.2)
+    assert_near(draws, "z", lambda z: z[..., 1], 0.0, 1.0)
+
+
 def test_the_draws_of_a_known_regression_and_what_comes_with_them():
     guide = fitted(uncentered, YEAR, Y, num_steps=20)
     state = {name: value.clone() for name, value in guide.state_dict().items()}
