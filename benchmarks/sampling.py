@@ -132,7 +132,7 @@ POSTERIORS = {
 def nuts(model: Callable, num_samples: int) -> PosteriorSamples:
     """Pyro's NUTS, with as many warmup steps as draws."""
     started = time.perf_counter()
-    mcmc = MCMC(NUTS(model, jit_compile=False), num_samples, num_samples, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples, num_samples, disable_progbar=True)
     mcmc.run()
     nothing = torch.zeros(1, num_samples)
     return PosteriorSamples(mcmc.get_samples(), nothing.bool(), nothing, time.perf_counter() - started)
@@ -167,21 +167,10 @@ def rows(posterior: Posterior, *, num_steps: int, num_samples: int) -> list[list
 
 
 def main(*, num_steps: int = 2000, num_samples: int = 500) -> None:
-    header = [
-        "",
-        "least ESS / s",
-        "/ NUTS",
-        "least ESS",
-        "R-hat",
-        "mean off (sd)",
-        "sd off",
-        "1 / sqrt(ESS)",
-        "seconds",
-    ]
+    header = ["", "least ESS / s", "/ NUTS", "least ESS", "R-hat", "mean off (sd)", "sd off", "1 / sqrt(ESS)"]
+    header += ["seconds", "with training"]
     for name, make in POSTERIORS.items():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the largest R-hat")  # the table shows it
             found = rows(make(), num_steps=num_steps, num_samples=num_samples)
-        print_table(
-            f"{name}: NUTS {num_samples} + {num_samples}, 256 chains 200 + 100", [*header, "with training"], found
-        )
+        print_table(f"{name}: NUTS {num_samples} + {num_samples}, 256 chains 200 + 100", header, found)
