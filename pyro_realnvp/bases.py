@@ -46,7 +46,9 @@ class Base(nn.Module):
         self, distribution: Callable[..., dist.Distribution], *, learnable: bool = False, **parameters: Tensor
     ):
         super().__init__()
-        self.distribution, self.names, self.learnable = distribution, tuple(parameters), learnable
+        self.distribution = distribution
+        self.names: tuple[str, ...] = tuple(parameters)
+        self.learnable = learnable
         distribution(**parameters, validate_args=True)  # raises an error if the parameters are invalid
         for name, value in parameters.items():
             if not isinstance(value, Tensor):
@@ -117,7 +119,9 @@ class MixtureBase(nn.Module):
         for name, size in {"event_size": event_size, "num_components": num_components}.items():
             if size < 1:
                 raise ValueError(f"expected {name} >= 1; got {size}")
-        self.event_shape, self.num_components, self.context_dim = torch.Size([event_size]), num_components, context_dim
+        self.event_shape: torch.Size = torch.Size([event_size])
+        self.num_components = num_components
+        self.context_dim = context_dim
         self._started = False
         shape = (num_components, event_size)
         # As in TriangularAffine, what is learned is relative to the start, so that steps are in units of each normal.
@@ -125,12 +129,12 @@ class MixtureBase(nn.Module):
         # Components that are equal would stay so, since their gradients are equal.
         self.register_buffer("start_locs", torch.randn(shape) if num_components > 1 else torch.zeros(shape))
         self.register_buffer("start_trils", torch.eye(event_size).repeat(num_components, 1, 1))
-        self.logits = nn.Parameter(torch.zeros(num_components))
-        self.locs = nn.Parameter(torch.zeros(shape))
-        self.log_diagonals = nn.Parameter(torch.zeros(shape))
-        self.lowers = nn.Parameter(torch.zeros(*shape, event_size)) if full else None
+        self.logits: nn.Parameter = nn.Parameter(torch.zeros(num_components))
+        self.locs: nn.Parameter = nn.Parameter(torch.zeros(shape))
+        self.log_diagonals: nn.Parameter = nn.Parameter(torch.zeros(shape))
+        self.lowers: nn.Parameter | None = nn.Parameter(torch.zeros(*shape, event_size)) if full else None
         outputs = num_components * (1 + 2 * event_size)
-        self.conditioner = MLP(context_dim, outputs, hidden_dims) if context_dim else None
+        self.conditioner: MLP | None = MLP(context_dim, outputs, hidden_dims) if context_dim else None
 
     def extra_repr(self) -> str:
         return f"num_components={self.num_components}, full={self.lowers is not None}"

@@ -2,6 +2,7 @@
 """A classifier by the densities of the classes, with the interface of scikit-learn."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.multiclass import check_classification_targets
@@ -38,11 +39,11 @@ class RealNVPClassifier(ClassifierMixin, BaseEstimator):
         (5, 3)
     """
 
-    def __init__(self, density: RealNVPDensity | None = None, *, priors=None):
+    def __init__(self, density: RealNVPDensity | None = None, *, priors: ArrayLike | None = None):
         self.density = density
         self.priors = priors
 
-    def fit(self, X, y) -> "RealNVPClassifier":
+    def fit(self, X: ArrayLike, y: ArrayLike) -> "RealNVPClassifier":
         """Fits the density of the rows given their classes, and returns the classifier.
 
         Args:
@@ -58,12 +59,12 @@ class RealNVPClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"expected two or more classes; got 1 class, {self.classes_[0]}: use RealNVPDensity")
-        self.priors_ = self._priors(labels)
-        density = RealNVPDensity() if self.density is None else clone(self.density)
-        self.density_ = density.fit(X, context=np.eye(len(self.classes_))[labels])
+        self.priors_: np.ndarray = self._priors(labels)
+        density: RealNVPDensity = RealNVPDensity() if self.density is None else clone(self.density)
+        self.density_: RealNVPDensity = density.fit(X, context=np.eye(len(self.classes_))[labels])
         return self
 
-    def predict_log_proba(self, X) -> np.ndarray:
+    def predict_log_proba(self, X: ArrayLike) -> np.ndarray:
         """The logarithm of :meth:`predict_proba`."""
         check_is_fitted(self)
         num_rows = len(validate_data(self, X, dtype=[np.float64, np.float32], reset=False))
@@ -75,7 +76,7 @@ class RealNVPClassifier(ClassifierMixin, BaseEstimator):
             joint = scores + np.log(self.priors_)
         return joint - logsumexp(joint, axis=1, keepdims=True)
 
-    def predict_proba(self, X) -> np.ndarray:
+    def predict_proba(self, X: ArrayLike) -> np.ndarray:
         """The probability of each class, given the row.
 
         Args:
@@ -87,7 +88,7 @@ class RealNVPClassifier(ClassifierMixin, BaseEstimator):
         """
         return np.exp(self.predict_log_proba(X))
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         """The most probable class of each row, ``(n_samples,)``."""
         best = self.predict_log_proba(X).argmax(1)
         return self.classes_[best]

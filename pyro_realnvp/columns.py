@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.utils import check_array
 from torch import Tensor
 
@@ -53,12 +55,15 @@ class Columns:
         ValueError: The support is not of a known form, or does not fit the columns.
     """
 
-    def __init__(self, support, X: np.ndarray, names: Sequence[str] = ()):
-        self.each = _columns(support, X.shape[1], names)
-        self.low, self.high = (np.array([getattr(c, side) for c in self.each], X.dtype) for side in ("low", "high"))
-        self.is_integer = np.array([c.is_integer for c in self.each])
-        self.period = np.array([c.period or np.inf for c in self.each], X.dtype)
-        self.cut = np.array([_emptiest(x, c.period) if c.period else -np.inf for x, c in zip(X.T, self.each)], X.dtype)
+    def __init__(self, support: str | Sequence[Any] | Mapping[Any, Any], X: np.ndarray, names: Sequence[str] = ()):
+        self.each: list[Column] = _columns(support, X.shape[1], names)
+        self.low: np.ndarray = np.array([c.low for c in self.each], X.dtype)
+        self.high: np.ndarray = np.array([c.high for c in self.each], X.dtype)
+        self.is_integer: np.ndarray = np.array([c.is_integer for c in self.each])
+        self.period: np.ndarray = np.array([c.period or np.inf for c in self.each], X.dtype)
+        self.cut: np.ndarray = np.array(
+            [_emptiest(x, c.period) if c.period else -np.inf for x, c in zip(X.T, self.each)], X.dtype
+        )
 
     def is_inside(self, X: np.ndarray) -> np.ndarray:
         """Which rows lie inside of the support."""
@@ -157,7 +162,7 @@ def _lattice(dim: int) -> np.ndarray:
     return (np.arange(_NOISE_POINTS)[:, None] * generator / _NOISE_POINTS + 0.5 / _NOISE_POINTS) % 1
 
 
-def check_weights(sample_weight, X: np.ndarray) -> np.ndarray:
+def check_weights(sample_weight: ArrayLike, X: np.ndarray) -> np.ndarray:
     """A weight for each row, checked. (The check that scikit-learn uses itself is private.)"""
     weights = np.full(len(X), sample_weight) if isinstance(sample_weight, numbers.Number) else sample_weight
     weights = check_array(weights, dtype=X.dtype, ensure_2d=False, input_name="sample_weight")

@@ -2,6 +2,7 @@
 """Distributions that a base and a bijection define."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -145,8 +146,9 @@ class Flow(nn.Module):
             event_shape = bijection.inv.event_shape
         if None in event_shape:
             raise ValueError("the bijection does not know the size of its events: pass event_shape=")
-        self.bijection, self.embedding = bijection, embedding
-        self.event_shape = torch.Size(event_shape)
+        self.bijection = bijection
+        self.embedding = embedding
+        self.event_shape: torch.Size = torch.Size(event_shape)
         extra_dims = len(self.event_shape) - bijection.codomain.event_dim  # leading axes that f treats as a batch
         if extra_dims < 0:
             raise ValueError(
@@ -154,7 +156,7 @@ class Flow(nn.Module):
             )
         base_shape = bijection.inverse_shape(self.event_shape)
         base_shape = base_shape[len(base_shape) - bijection.domain.event_dim - extra_dims :]
-        self.base = (
+        self.base: nn.Module | Callable[[], dist.Distribution] = (
             base if base is not None else Base(dist.Normal, loc=torch.zeros(base_shape), scale=torch.ones(base_shape))
         )
         got = self.base.event_shape if isinstance(self.base, MixtureBase) else self.base().event_shape
@@ -177,11 +179,11 @@ class Flow(nn.Module):
         """Whether calling the flow requires a context."""
         return bool(self.bijection.context_dim or getattr(self.base, "context_dim", 0))
 
-    def compile(self, **options) -> None:
+    def compile(self, **options: Any) -> None:
         """Compiles both directions of the bijection: see :meth:`Bijection.compile`."""
         self.bijection.compile(**options)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         forget_param_store(self)
         return vars(self).copy()
 

@@ -4,19 +4,25 @@
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
 from .columns import Columns, check_weights, warn_of_ties
+from .distributions import Flow
 from .table_flows import candidates, fading_noise, refit
+from .training.history import History
 from .training.maximum_likelihood import fit
+
+Seed = int | np.random.RandomState | None
 
 _LOCK = threading.Lock()
 _ROWS_PER_PASS = 4096
@@ -69,7 +75,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
     def __init__(
         self,
         *,
-        support="real",
+        support: str | Sequence[Any] | Mapping[Any, Any] = "real",
         noise: float = 0.5,
         num_components: int | str = "auto",
         num_couplings: int = 16,
@@ -82,7 +88,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         patience: int | None = 1000,
         compile: bool = False,
         device: str | None = None,
-        random_state=None,
+        random_state: Seed = None,
         verbose: bool = False,
     ):
         self.support = support
@@ -101,7 +107,9 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X, y=None, *, context=None, sample_weight=None) -> "RealNVPDensity":
+    def fit(
+        self, X: ArrayLike, y: Any = None, *, context: ArrayLike | None = None, sample_weight: ArrayLike | None = None
+    ) -> "RealNVPDensity":
         """Fits a new flow to the rows of X and returns the estimator.
 
         Args:
@@ -134,7 +142,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 "pass more rows, or a smaller validation="
             )
         held_out, rows = order[:num_held_out], order[num_held_out:]
-        self.columns_ = Columns(self.support, X[order], getattr(self, "feature_names_in_", ()))
+        self.columns_: Columns = Columns(self.support, X[order], getattr(self, "feature_names_in_", ()))
         outside = X[order][~self.columns_.is_inside(X[order])]
         if len(outside):
             raise ValueError(
@@ -187,13 +195,14 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 )
                 histories.append(history)
         best = min(range(len(flows)), key=lambda k: histories[k].best_loss)
-        self.flow_, self.history_ = flows[best].eval(), histories[best]
+        self.flow_: Flow = flows[best].eval()
+        self.history_: History = histories[best]
         if self.history_.best_step == 0 and num_held_out:
             # No training has improved the mixture, which all rows may therefore determine.
             refit(self.flow_, *(None if a is None else torch.cat([a, b]) for a, b in zip(train, apart)))
         return self
 
-    def score_samples(self, X, *, context=None) -> np.ndarray:
+    def score_samples(self, X: ArrayLike, *, context: ArrayLike | None = None) -> np.ndarray:
         """The log-density of each row.
 
         Args:
@@ -220,14 +229,18 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 scores[rows] = torch.stack(each).logsumexp(0).cpu().numpy()
         return scores
 
-    def score(self, X, y=None, *, context=None, sample_weight=None) -> float:
+    def score(
+        self, X: ArrayLike, y: Any = None, *, context: ArrayLike | None = None, sample_weight: ArrayLike | None = None
+    ) -> float:
         """The mean of :meth:`score_samples`, weighted by ``sample_weight``. Higher is better."""
         scores = self.score_samples(X, context=context)
         weights = np.ones(len(scores)) if sample_weight is None else np.asarray(sample_weight)
         # Rows without weight may score -inf, and 0 times -inf would make the mean nan.
         return float(np.average(np.where(weights > 0, scores, 0), weights=weights))
 
-    def sample(self, n_samples: int | None = None, random_state=None, *, context=None) -> np.ndarray:
+    def sample(
+        self, n_samples: int | None = None, random_state: Seed = None, *, context: ArrayLike | None = None
+    ) -> np.ndarray:
         """Draws rows from the fitted density.
 
         Args:

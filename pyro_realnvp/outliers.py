@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A detector of outliers, with the interface of scikit-learn."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, OutlierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
@@ -35,7 +38,7 @@ class RealNVPOutlierDetector(OutlierMixin, BaseEstimator):
         self.density = density
         self.contamination = contamination
 
-    def fit(self, X, y=None) -> "RealNVPOutlierDetector":
+    def fit(self, X: ArrayLike, y: Any = None) -> "RealNVPOutlierDetector":
         """Fits a density and its threshold to the rows of X and returns the detector.
 
         Args:
@@ -47,9 +50,9 @@ class RealNVPOutlierDetector(OutlierMixin, BaseEstimator):
         """
         if not 0 < self.contamination <= 0.5:
             raise ValueError(f"expected contamination in (0, 0.5]; got {self.contamination}")
-        density = RealNVPDensity() if self.density is None else clone(self.density)
-        self.density_ = density.fit(X)
-        self.offset_ = np.quantile(density.score_samples(X), self.contamination)
+        density: RealNVPDensity = RealNVPDensity() if self.density is None else clone(self.density)
+        self.density_: RealNVPDensity = density.fit(X)
+        self.offset_: float = np.quantile(density.score_samples(X), self.contamination)
         return self
 
     @property
@@ -60,15 +63,15 @@ class RealNVPOutlierDetector(OutlierMixin, BaseEstimator):
     def feature_names_in_(self) -> np.ndarray:
         return self.density_.feature_names_in_
 
-    def score_samples(self, X) -> np.ndarray:
+    def score_samples(self, X: ArrayLike) -> np.ndarray:
         """The log-density of each row, in nats, ``(n_samples,)``; -inf for rows outside of the support."""
         check_is_fitted(self)
         return self.density_.score_samples(X)
 
-    def decision_function(self, X) -> np.ndarray:
+    def decision_function(self, X: ArrayLike) -> np.ndarray:
         """The log-density of each row less the threshold ``offset_``, ``(n_samples,)``: outliers are below 0."""
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         """-1 for outliers and 1 for the other rows, ``(n_samples,)``."""
         return np.where(self.decision_function(X) < 0, -1, 1)

@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ _FORMAT, _VERSION = "pyro_realnvp", 1
 _MODULE = "the state of a module"
 
 
-def save(module: nn.Module, path: str | os.PathLike) -> None:
+def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the state of a :class:`Flow`, or of any other module, to a file: all parameters, masks, permutations and
     statistics, and a description of the architecture.
 
@@ -41,7 +42,7 @@ def save(module: nn.Module, path: str | os.PathLike) -> None:
     write(path, _MODULE, {"architecture": describe(module), "state": module.state_dict()})
 
 
-def load(module: nn.Module, path: str | os.PathLike) -> nn.Module:
+def load(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Reads a file of :func:`save` into a module of the same architecture, and returns the module.
 
     The module stays on its device. The file is read as data (``weights_only=True``), so that even one from an untrusted
@@ -63,7 +64,7 @@ def load(module: nn.Module, path: str | os.PathLike) -> nn.Module:
     return module
 
 
-def write(path: str | os.PathLike, kind: str, content: dict) -> None:
+def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
     """Writes a file of this kind, which replaces any old one as a whole: it is written beside it, and then renamed."""
     path = Path(os.path.realpath(path))  # a link stays, and the file it points to is replaced
     temporary = path.with_name(path.name + ".tmp")
@@ -81,7 +82,7 @@ def write(path: str | os.PathLike, kind: str, content: dict) -> None:
         raise RuntimeError(f"{path} could not be written ({error}): what was there before is unchanged") from error
 
 
-def read(path: str | os.PathLike, kind: str) -> dict:
+def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """Returns the content of a file of this kind, on the CPU. Raises the errors that :func:`load` describes."""
     with open(path, "rb") as file:
         try:
@@ -123,7 +124,9 @@ def describe(module: nn.Module) -> list[str]:
     return lines
 
 
-def check_architecture(module: nn.Module, lines: list[str], state: Mapping, path: str | os.PathLike) -> None:
+def check_architecture(
+    module: nn.Module, lines: list[str], state: Mapping[str, Any], path: str | os.PathLike[str]
+) -> None:
     """Raises a ValueError if a module differs from the saved one in layers, options, shapes or dtypes."""
     problem = _difference(describe(module), lines) or _difference(_shapes(module.state_dict()), _shapes(state))
     if problem:
@@ -132,7 +135,7 @@ def check_architecture(module: nn.Module, lines: list[str], state: Mapping, path
         )
 
 
-def _shapes(state: Mapping) -> list[str]:
+def _shapes(state: Mapping[str, Any]) -> list[str]:
     """Describes the shape and dtype of each tensor of a state, one on each line."""
     return [f"{name}: {tuple(v.shape)} of {v.dtype}" for name, v in state.items() if isinstance(v, Tensor)]
 

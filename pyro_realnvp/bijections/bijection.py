@@ -3,11 +3,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from .inputs import check_bounds, check_context, check_event_shape, check_value
 from .memo import Memo, forget_param_store
@@ -73,7 +75,7 @@ class Bijection(TransformModule):
 
     def __init__(self, event_shape: Sequence[int | None], *, context_dim: int = 0):
         super().__init__()
-        self.event_shape = tuple(event_shape)
+        self.event_shape: tuple[int | None, ...] = tuple(event_shape)
         self.context_dim = context_dim
         for name in ("domain", "codomain"):
             if not hasattr(type(self), name):  # A subclass may declare its own, as an attribute or a property.
@@ -169,7 +171,7 @@ class Bijection(TransformModule):
         """
         return Conditioned(self, context) if self.context_dim else self
 
-    def compile(self, **options) -> None:
+    def compile(self, **options: Any) -> None:
         """Compiles each direction as one graph, by :func:`torch.compile` with ``fullgraph=True`` and the options.
 
         All later evaluations of this bijection use the compiled graphs; its copies and pickles are not compiled.
@@ -179,13 +181,14 @@ class Bijection(TransformModule):
             method = getattr(type(self), name).__get__(self)
             self.__dict__[name] = torch.compile(method, fullgraph=True, **options)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         forget_param_store(self)
         state = super().__getstate__() | {"_inv": None, "_memo": Memo()}
         # Compiled directions lie in the state under these names and can be neither copied nor pickled.
         return {name: value for name, value in state.items() if name not in _DIRECTIONS}
 
-    __repr__ = nn.Module.__repr__
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
 
     def _kinds(self) -> Counter[str]:
         """How many bijections of each kind this one consists of, for the repr of a stack."""
@@ -207,40 +210,46 @@ class Inverse(Bijection):
             event_shape = shape[len(shape) - bijection.codomain.event_dim :]
         super().__init__(event_shape, context_dim=bijection.context_dim)
         self.bijection = bijection
-        self.domain, self.codomain = bijection.codomain, bijection.domain
+        self.domain: Constraint = bijection.codomain
+        self.codomain: Constraint = bijection.domain
 
-    inv = property(lambda self: self.bijection)
-    sign = property(lambda self: self.bijection.sign)
+    @property
+    def inv(self) -> Bijection:
+        return self.bijection
 
-    def forward_and_ladj(self, x, context=None):
+    @property
+    def sign(self) -> int | Tensor:
+        return self.bijection.sign
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection.inverse_and_ladj(x, context)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection.forward_and_ladj(y, context)
 
     def _evaluate(self, value, *, forward, remember=True):
         return self.bijection._evaluate(value, forward=not forward, remember=remember)
 
-    def compile(self, **options):
+    def compile(self, **options: Any) -> None:
         self.bijection.compile(**options)
 
-    def log_abs_det_jacobian(self, x, y):
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         ladj = self.bijection._memo.ladj(self.bijection, y, x)
         return self._evaluate(x, forward=True)[1] if ladj is None else -ladj
 
-    def changed_entries(self, changed, *, forward=True):
+    def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         return self.bijection.changed_entries(changed, forward=not forward)
 
-    def forward_shape(self, shape):
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return self.bijection.inverse_shape(shape)
 
-    def inverse_shape(self, shape):
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return self.bijection.forward_shape(shape)
 
     def __repr__(self) -> str:
         return f"{self.bijection!r}.inv"
 
-    def _kinds(self):
+    def _kinds(self) -> Counter[str]:
         return Counter({f"{kind}.inv": n for kind, n in self.bijection._kinds().items()})
 
 
@@ -258,28 +267,31 @@ class Conditioned(Bijection):
         super().__init__(bijection.event_shape)
         check_context(bijection, context)
         self.bijection = bijection
-        self.domain, self.codomain = bijection.domain, bijection.codomain
+        self.domain: Constraint = bijection.domain
+        self.codomain: Constraint = bijection.codomain
         # The context moves with the module, but it is data and does not belong in a state_dict.
         self.register_buffer("context", context, persistent=False)
 
-    sign = property(lambda self: self.bijection.sign)
+    @property
+    def sign(self) -> int | Tensor:
+        return self.bijection.sign
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection.forward_and_ladj(x, self.context)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection.inverse_and_ladj(y, self.context)
 
-    def changed_entries(self, changed, *, forward=True):
+    def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         return self.bijection.changed_entries(changed, forward=forward)
 
-    def _kinds(self):
+    def _kinds(self) -> Counter[str]:
         return self.bijection._kinds()
 
-    def forward_shape(self, shape):
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return self._broadcast(self.bijection.forward_shape(shape), self.codomain.event_dim)
 
-    def inverse_shape(self, shape):
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return self._broadcast(self.bijection.inverse_shape(shape), self.domain.event_dim)
 
     def _broadcast(self, shape: torch.Size, event_dim: int) -> torch.Size:
@@ -293,7 +305,7 @@ class Conditioned(Bijection):
             ) from None
         return batch_shape + shape[len(shape) - event_dim :]
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # A context that comes out of an encoder carries a graph, and such a tensor can be neither copied nor pickled.
         state = super().__getstate__()
         return state | {"_buffers": state["_buffers"] | {"context": self.context.detach()}}

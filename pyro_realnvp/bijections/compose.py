@@ -70,10 +70,11 @@ class Compose(Bijection):
         chain = ComposeTransform(parts)
         event_shape = _event_shape(parts, chain.domain.event_dim, event_shape)
         super().__init__(event_shape, context_dim=max(widths, default=0))
-        self.parts = nn.ModuleList(parts)
+        self.parts: nn.ModuleList = nn.ModuleList(parts)
         self.checkpoint = checkpoint
         more = len(event_shape) - chain.domain.event_dim
-        self.domain, self.codomain = (_with_axes(space, more) for space in (chain.domain, chain.codomain))
+        self.domain: constraints.Constraint = _with_axes(chain.domain, more)
+        self.codomain: constraints.Constraint = _with_axes(chain.codomain, more)
         # A part with fewer event axes than the composition has here treats the others as batch axes. Their number is
         # kept for each part, since its log-determinants must be summed over them.
         self._extra_dims = []
@@ -88,7 +89,7 @@ class Compose(Bijection):
     def sign(self) -> int | Tensor:
         return math.prod(part.sign for part in self.parts)
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # A number in place of these zeros would make float64 of the tangents of single events (torch.func.jvp).
         total = x.new_zeros(x.shape[: x.dim() - self.domain.event_dim])
         for part, extra_dims in zip(self.parts, self._extra_dims):
@@ -96,7 +97,7 @@ class Compose(Bijection):
             total = sum_events(ladj, extra_dims) + total
         return x, total
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = y.new_zeros(y.shape[: y.dim() - self.codomain.event_dim])
         for part, extra_dims in zip(reversed(self.parts), reversed(self._extra_dims)):
             y, ladj = self._run_part(part, part.inverse_and_ladj, y, for_inner_axes(context, extra_dims))
@@ -110,18 +111,18 @@ class Compose(Bijection):
             return checkpoint(call, x, context, use_reentrant=False)
         return call(x, context)
 
-    def forward_shape(self, shape):
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         shape = check_event_shape(self, shape, self.event_shape)
         for part in self.parts:
             shape = part.forward_shape(shape)
         return torch.Size(shape)
 
-    def inverse_shape(self, shape):
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         for part in reversed(self.parts):
             shape = part.inverse_shape(shape)
         return check_event_shape(self, shape, self.event_shape)
 
-    def changed_entries(self, changed, *, forward=True):
+    def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         for part in self.parts if forward else reversed(self.parts):
             changed = part.changed_entries(changed, forward=forward)
         return changed
@@ -130,7 +131,7 @@ class Compose(Bijection):
         # The parts with their networks take a dozen lines each. `print(f.parts)` shows them.
         return f"Compose({', '.join(f'{n} x {kind}' if n > 1 else kind for kind, n in self._kinds().items())})"
 
-    def _kinds(self):
+    def _kinds(self) -> Counter[str]:
         return sum((part._kinds() for part in self.parts), Counter())
 
     def _refuse_unchanged_entries(self) -> None:

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +59,15 @@ class MLP(nn.Module):
             raise ValueError(f"expected at least one hidden width, all positive; got hidden_dims={hidden_dims}")
         if residual and len(set(hidden_dims)) > 1:
             raise ValueError(f"expected equal widths for residual layers; got hidden_dims={hidden_dims}")
-        self.context_dim, self.residual = context_dim, residual
-        self.first = nn.Linear(in_features, hidden_dims[0])
-        self.context = nn.Linear(context_dim, hidden_dims[0], bias=False) if context_dim else None
-        self.hidden = nn.ModuleList(nn.Linear(m, n) for m, n in zip(hidden_dims, hidden_dims[1:]))
-        self.last = nn.Linear(hidden_dims[-1], out_features)
+        self.context_dim = context_dim
+        self.residual = residual
+        self.first: nn.Linear = nn.Linear(in_features, hidden_dims[0])
+        self.context: nn.Module | None = nn.Linear(context_dim, hidden_dims[0], bias=False) if context_dim else None
+        self.hidden: nn.ModuleList = nn.ModuleList(nn.Linear(m, n) for m, n in zip(hidden_dims, hidden_dims[1:]))
+        self.last: nn.Linear = nn.Linear(hidden_dims[-1], out_features)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
-        self.activation = activation()
+        self.activation: nn.Module = activation()
 
     def extra_repr(self) -> str:
         return "residual" * self.residual
@@ -91,9 +93,9 @@ class WeightNormConv(nn.Conv2d):
     The arguments and shapes are those of :class:`torch.nn.Conv2d`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.gain = nn.Parameter(self._norm().detach())
+        self.gain: nn.Parameter = nn.Parameter(self._norm().detach())
 
     def _norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
@@ -161,8 +163,8 @@ class ConvResNet(nn.Module):
         for name, size in (sizes | {"num_blocks": num_blocks}).items():
             if size < 1:
                 raise ValueError(f"expected {name} >= 1; got {size}")
-        self.context_image = None if context_image is None else tuple(context_image)
-        self.context_dim = context_dim if context_image is None else math.prod(context_image)
+        self.context_image: tuple[int, ...] | None = None if context_image is None else tuple(context_image)
+        self.context_dim: int = context_dim if context_image is None else math.prod(context_image)
         self.context_scale = context_scale
 
         def norm() -> nn.Module:
@@ -171,17 +173,19 @@ class ConvResNet(nn.Module):
         def conv(kernel_size: int) -> nn.Module:
             return WeightNormConv(hidden_channels, hidden_channels, kernel_size, padding=kernel_size // 2)
 
-        self.first = WeightNormConv(in_channels, hidden_channels, 3, padding=1)
+        self.first: WeightNormConv = WeightNormConv(in_channels, hidden_channels, 3, padding=1)
         if self.context_image:
             channels = self.context_image[0] * context_scale**2
-            self.context = nn.Conv2d(channels, hidden_channels, 3, padding=1, bias=False)
+            self.context: nn.Module | None = nn.Conv2d(channels, hidden_channels, 3, padding=1, bias=False)
         else:
             self.context = nn.Linear(context_dim, hidden_channels, bias=False) if context_dim else None
-        self.blocks = nn.ModuleList(
+        self.blocks: nn.ModuleList = nn.ModuleList(
             nn.Sequential(norm(), nn.ReLU(), conv(3), norm(), nn.ReLU(inplace=True), conv(3)) for _ in range(num_blocks)
         )
-        self.skips = nn.ModuleList(conv(1) for _ in range(num_blocks + 1))
-        self.last = nn.Sequential(norm(), nn.ReLU(inplace=True), nn.Conv2d(hidden_channels, out_channels, 1))
+        self.skips: nn.ModuleList = nn.ModuleList(conv(1) for _ in range(num_blocks + 1))
+        self.last: nn.Sequential = nn.Sequential(
+            norm(), nn.ReLU(inplace=True), nn.Conv2d(hidden_channels, out_channels, 1)
+        )
         nn.init.zeros_(self.last[-1].weight)
         nn.init.zeros_(self.last[-1].bias)
 

@@ -3,6 +3,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class Coupling(Bijection):
         """Returns the log-determinant of a map that preserves volume: zeros, shaped like the batch of x."""
         return x.new_zeros(x.shape[: x.dim() - self.mask.event_dim])
 
-    def changed_entries(self, changed, *, forward=True):
+    def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         kept, others = self.mask.split(changed)
         return self.mask.join(kept, torch.ones_like(others))
 
@@ -111,7 +112,7 @@ class Coupling(Bijection):
             )
 
     @classmethod
-    def check_options(cls, **options) -> dict:
+    def check_options(cls, **options: Any) -> dict[str, Any]:
         """Returns the options that are not None, after checking that the class takes them.
 
         The ready-made flows use it for the options that they pass on to a coupling.
@@ -189,13 +190,13 @@ class AffineCoupling(Coupling):
         raw, shift = self.read(kept, context)
         return bounded(raw, self.max_log_scale), shift
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self.split(x, context)
         log_scale, shift = self.log_scale_and_shift(kept, context)
         y = self.mask.join(kept, torch.addcmul(shift, changed, log_scale.exp()))
         return y, sum_events(log_scale, self.mask.event_dim)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self.split(y, context)
         log_scale, shift = self.log_scale_and_shift(kept, context)
         x = self.mask.join(kept, (changed - shift) / log_scale.exp())
@@ -216,15 +217,15 @@ class VolumePreservingCoupling(AffineCoupling):
         tensor([0., 0., 0.])
     """
 
-    def log_scale_and_shift(self, kept, context):
+    def log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         log_scale, shift = super().log_scale_and_shift(kept, context)
         return log_scale - log_scale.mean(tuple(range(-self.mask.event_dim, 0)), keepdim=True), shift
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, _ = super().forward_and_ladj(x, context)
         return y, self.zero_ladj(y)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, _ = super().inverse_and_ladj(y, context)
         return x, self.zero_ladj(x)
 
@@ -250,13 +251,13 @@ class AdditiveCoupling(Coupling):
 
     outputs_per_entry = 1
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self.split(x, context)
         (shift,) = self.read(kept, context)
         y = self.mask.join(kept, changed + shift)
         return y, self.zero_ladj(y)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self.split(y, context)
         (shift,) = self.read(kept, context)
         x = self.mask.join(kept, changed - shift)

@@ -61,10 +61,10 @@ class Standardize(Bijection):
         self.std.copy_(std)
         return self
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (x - self.mean) / self.std, -self.std.log().sum().expand(x.shape[:-1])
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return y * self.std + self.mean, self.std.log().sum().expand(y.shape[:-1])
 
 
@@ -105,7 +105,9 @@ class Logit(Bijection):
         if not 0 <= alpha < 0.5:
             raise ValueError(f"expected 0 <= alpha < 1/2; got {alpha}")
         self.alpha = alpha
-        self.domain = constraints.interval(-alpha / (1 - 2 * alpha), (1 - alpha) / (1 - 2 * alpha))
+        self.domain: constraints.Constraint = constraints.interval(
+            -alpha / (1 - 2 * alpha), (1 - alpha) / (1 - 2 * alpha)
+        )
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
@@ -113,12 +115,12 @@ class Logit(Bijection):
     def _ladj(self, y: Tensor) -> Tensor:
         return math.log1p(-2 * self.alpha) + F.softplus(y) + F.softplus(-y)
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # Each logarithm measures the distance from its own end of the interval, so that neither 0 nor 1 loses digits.
         y = torch.log(self.alpha + (1 - 2 * self.alpha) * x) - torch.log(self.alpha + (1 - 2 * self.alpha) * (1 - x))
         return y, self._ladj(y)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         low, high = (y.new_tensor(bound) for bound in (self.domain.lower_bound, self.domain.upper_bound))
         return torch.lerp(low, high, torch.sigmoid(y)), -self._ladj(y)  # lerp is exact at both ends.
 
@@ -193,7 +195,7 @@ class Unbound(Constants, Bijection):
         if low.dim() != 1 or low.shape != high.shape or not (low < high).all():
             raise ValueError(f"expected bounds of shape (D,), low below high; got {low.tolist()} and {high.tolist()}")
         super().__init__(low.shape)
-        self.is_bounded = torch.stack([low.isfinite(), high.isfinite()])
+        self.is_bounded: Tensor = torch.stack([low.isfinite(), high.isfinite()])
         # A buffer is finite, since an average of infinite numbers would be nan.
         self.register_buffer("low", low.where(low.isfinite(), 0.0))
         self.register_buffer("high", high.where(high.isfinite(), 0.0))
@@ -202,7 +204,7 @@ class Unbound(Constants, Bijection):
     def domain(self) -> constraints.Constraint:
         return _Box(self)
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         from_below, from_above = self.is_bounded
         above = torch.where(from_below, x - self.low, 1.0)
         below = torch.where(from_above, self.high - x, 1.0)
@@ -210,7 +212,7 @@ class Unbound(Constants, Bijection):
         width = torch.where(from_below & from_above, self.high - self.low, 1.0)
         return y, (width.log() - above.log() - below.log()).sum(-1)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         from_below, from_above = self.is_bounded
         both = from_below & from_above
         low, high = (torch.where(both, bound, 0.0) for bound in (self.low, self.high))

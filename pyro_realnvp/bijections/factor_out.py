@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The factoring out of entries: a part of the event becomes latent early, and a bijection transforms the rest."""
 
+from torch import Tensor
+
 from .bijection import Bijection
 from .masks import Mask
 from .shapes import broadcast_batch
@@ -48,17 +50,17 @@ class FactorOut(Bijection):
         self.mask = mask
         self.bijection = bijection
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         leaving, x = self.mask.split(broadcast_batch(x, context, self.mask.event_dim))
         y, ladj = self.bijection.forward_and_ladj(x, context)
         return self.mask.join(leaving, y), ladj
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         leaving, y = self.mask.split(broadcast_batch(y, context, self.mask.event_dim))
         x, ladj = self.bijection.inverse_and_ladj(y, context)
         return self.mask.join(leaving, x), ladj
 
-    def changed_entries(self, changed, *, forward=True):
+    def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         leaving, rest = self.mask.split(changed)
         return self.mask.join(leaving, self.bijection.changed_entries(rest, forward=forward))
 

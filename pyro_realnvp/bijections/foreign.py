@@ -2,8 +2,11 @@
 """An adapter that makes a bijection of a transform of Pyro or torch."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
 from .bijection import Bijection
@@ -15,12 +18,15 @@ class Foreign(Bijection):
     def __init__(self, transform: Transform):
         super().__init__((None,) * transform.domain.event_dim)
         self.transform = transform
-        self.elementwise = not self.event_shape
-        self.domain, self.codomain = transform.domain, transform.codomain
+        self.elementwise: bool = not self.event_shape
+        self.domain: Constraint = transform.domain
+        self.codomain: Constraint = transform.codomain
 
-    sign = property(lambda self: self.transform.sign)
+    @property
+    def sign(self) -> int | Tensor:
+        return self.transform.sign
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _drop_cache(self.transform)  # The cache may be stale.
         y = self.transform(x)
         ladj = self.transform.log_abs_det_jacobian(x, y)
@@ -28,20 +34,20 @@ class Foreign(Bijection):
         _drop_cache(self.transform)
         return y, ladj
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _drop_cache(self.transform)
         x = self.transform.inv(y)
         ladj = -self.transform.log_abs_det_jacobian(x, y)
         _drop_cache(self.transform)
         return x, ladj
 
-    def forward_shape(self, shape):
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size(self.transform.forward_shape(shape))
 
-    def inverse_shape(self, shape):
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size(self.transform.inverse_shape(shape))
 
-    def _kinds(self):
+    def _kinds(self) -> Counter[str]:
         return Counter([type(self.transform).__name__])
 
 

@@ -37,11 +37,11 @@ class InvertibleLinear(Bijection):
 
     def __init__(self, input_dim: int, *, permutation: Tensor | None = None, event_dim: int = 1):
         super().__init__(channel_events(input_dim, event_dim))
-        self.permute = Permute(torch.arange(input_dim) if permutation is None else permutation)
+        self.permute: Permute = Permute(torch.arange(input_dim) if permutation is None else permutation)
         self.permute.forward_shape((input_dim,))
-        self.lower = nn.Parameter(torch.zeros(input_dim, input_dim))
-        self.upper = nn.Parameter(torch.zeros(input_dim, input_dim))
-        self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
+        self.lower: nn.Parameter = nn.Parameter(torch.zeros(input_dim, input_dim))
+        self.upper: nn.Parameter = nn.Parameter(torch.zeros(input_dim, input_dim))
+        self.log_diagonal: nn.Parameter = nn.Parameter(torch.zeros(input_dim))
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         identity = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
@@ -57,12 +57,12 @@ class InvertibleLinear(Bijection):
         event_dim = len(self.event_shape)
         return (positions(x, event_dim) * self.log_diagonal.sum()).expand(x.shape[: x.dim() - event_dim])
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self._factors()
         columns = (lower @ (upper @ self._columns(x))).index_select(-2, self.permute.permutation)
         return self._events(columns, x.shape), self._ladj(x)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self._factors()
         columns = self._columns(y).index_select(-2, self.permute.inverse_permutation)
         columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
@@ -94,12 +94,12 @@ class TriangularAffine(Bijection):
 
     def __init__(self, input_dim: int, *, full: bool = True):
         super().__init__((input_dim,))
-        self.elementwise = not full
+        self.elementwise: bool = not full
         self.register_buffer("start_loc", torch.zeros(input_dim))
         self.register_buffer("start_tril", torch.eye(input_dim) if full else torch.ones(input_dim))
-        self.loc = nn.Parameter(torch.zeros(input_dim))
-        self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
-        self.lower = nn.Parameter(torch.zeros(input_dim, input_dim)) if full else None
+        self.loc: nn.Parameter = nn.Parameter(torch.zeros(input_dim))
+        self.log_diagonal: nn.Parameter = nn.Parameter(torch.zeros(input_dim))
+        self.lower: nn.Parameter | None = nn.Parameter(torch.zeros(input_dim, input_dim)) if full else None
 
     @property
     def sign(self) -> int:
@@ -136,12 +136,12 @@ class TriangularAffine(Bijection):
         self.start_tril.copy_(diagonal if self.lower is None else scale_tril)
         return self
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self.loc + x * self.log_diagonal.exp() + (0.0 if self.lower is None else F.linear(x, self.lower.tril(-1)))
         y = self.start_loc + (x * self.start_tril if self.lower is None else F.linear(x, self.start_tril))
         return y, self._ladj().expand(x.shape[:-1])
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = y - self.start_loc
         if self.lower is None:
             x = (x / self.start_tril - self.loc) * (-self.log_diagonal).exp()
@@ -184,8 +184,8 @@ class LowRankAffine(Bijection):
         self.register_buffer("start_scale", torch.ones(input_dim))
         self.register_buffer("directions", torch.zeros(input_dim, rank))
         self.register_buffer("stretches", torch.ones(rank))
-        self.loc = nn.Parameter(torch.zeros(input_dim))
-        self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
+        self.loc: nn.Parameter = nn.Parameter(torch.zeros(input_dim))
+        self.log_diagonal: nn.Parameter = nn.Parameter(torch.zeros(input_dim))
 
     @torch.no_grad()
     def start_at(self, loc: Tensor, scale: Tensor, directions: Tensor, stretches: Tensor) -> "LowRankAffine":
@@ -207,12 +207,12 @@ class LowRankAffine(Bijection):
         self.stretches.fill_(1.0)[:rank] = stretches.to(self.stretches)
         return self
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self.loc + x * self.log_diagonal.exp()
         x = x + ((x @ self.directions) * (self.stretches - 1)) @ self.directions.mT
         return self.start_loc + self.start_scale * x, self._ladj().expand(x.shape[:-1])
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = (y - self.start_loc) / self.start_scale
         # The identity of Woodbury. It holds whatever the rounding of V is, as it is after a change of precision.
         along = torch.linalg.solve(self._small(), (x @ self.directions).unsqueeze(-1)).squeeze(-1)
@@ -265,16 +265,16 @@ class ConditionalAffine(Bijection):
 
     def __init__(self, input_dim: int, context_dim: int):
         super().__init__((input_dim,), context_dim=context_dim)
-        self.linear = nn.Linear(context_dim, 2 * input_dim)
+        self.linear: nn.Linear = nn.Linear(context_dim, 2 * input_dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, shift = self.linear(context).chunk(2, -1)
         y = x * log_scale.exp() + shift
         return y, log_scale.sum(-1).expand(y.shape[:-1])
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, shift = self.linear(context).chunk(2, -1)
         x = (y - shift) * (-log_scale).exp()
         return x, -log_scale.sum(-1).expand(x.shape[:-1])

@@ -51,9 +51,10 @@ class Mask(Constants):
                 f"expected event_dim >= 1, and with squeeze event_dim=3 and 4 entries of b for each channel; "
                 f"got event_dim={event_dim}, squeeze={squeeze}, {len(b)} entries"
             )
-        self.event_dim, self.squeeze = event_dim, squeeze
-        self.event_shape = (len(b) // 4 if squeeze else len(b),) + (None,) * (event_dim - 1)
-        self.b = b.clone()
+        self.event_dim = event_dim
+        self.squeeze = squeeze
+        self.event_shape: tuple[int | None, ...] = (len(b) // 4 if squeeze else len(b),) + (None,) * (event_dim - 1)
+        self.b: Tensor = b.clone()
         self.derive()
 
     def derive(self) -> None:
@@ -67,19 +68,20 @@ class Mask(Constants):
                 "a coupling needs both"
             )
         b = self.b.cpu()
-        self.num_kept, self.num_changed = int(b.sum()), int((~b).sum())
-        self.kept_first = bool(b[0])
+        self.num_kept: int = int(b.sum())
+        self.num_changed: int = int((~b).sum())
+        self.kept_first: bool = bool(b[0])
         flips = int((b[1:] != b[:-1]).sum())
-        self.is_halves = flips == 1
-        self.is_interleaved = flips == len(b) - 1 and len(b) % 2 == 0
-        self.sizes = [self.num_kept, self.num_changed]
+        self.is_halves: bool = flips == 1
+        self.is_interleaved: bool = flips == len(b) - 1 and len(b) % 2 == 0
+        self.sizes: list[int] = [self.num_kept, self.num_changed]
         if self.is_halves and not self.kept_first:
             self.sizes.reverse()
         if self.is_halves or self.is_interleaved:
             self.order = self.inverse_order = None
         else:
-            self.order = torch.argsort(~self.b, stable=True)
-            self.inverse_order = torch.argsort(self.order)
+            self.order: Tensor | None = torch.argsort(~self.b, stable=True)
+            self.inverse_order: Tensor | None = torch.argsort(self.order)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the kept and the changed entries of an event.

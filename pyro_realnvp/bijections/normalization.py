@@ -71,8 +71,8 @@ class ActNorm(_Normalization):
 
     def __init__(self, input_dim: int, *, event_dim: int = 1):
         super().__init__(input_dim, event_dim)
-        self.loc = nn.Parameter(torch.zeros(input_dim))
-        self.log_scale = nn.Parameter(torch.zeros(input_dim))
+        self.loc: nn.Parameter = nn.Parameter(torch.zeros(input_dim))
+        self.log_scale: nn.Parameter = nn.Parameter(torch.zeros(input_dim))
         self._initialized = False
 
     @property
@@ -101,13 +101,13 @@ class ActNorm(_Normalization):
         self._initialized = True
         return self
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self._is_training_batch(x) and not self.initialized:
             self.initialize(x.detach())
         y = (x - self._along(self.loc)) * self._along((-self.log_scale).exp())
         return y, self._expand(-self.log_scale.sum(), x)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = y * self._along(self.log_scale.exp()) + self._along(self.loc)
         return x, self._expand(self.log_scale.sum(), x)
 
@@ -162,11 +162,12 @@ class BatchNorm(_Normalization):
             raise ValueError(f"expected momentum in [0, 1); got {momentum}")
         if not eps > 0:
             raise ValueError(f"expected eps > 0; got {eps}")
-        self.momentum, self.eps = momentum, eps
+        self.momentum = momentum
+        self.eps = eps
         self.register_buffer("mean", torch.zeros(input_dim))
         self.register_buffer("variance", torch.ones(input_dim))
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean, variance = self.mean, self.variance
         if self._is_training_batch(x):
             rows = self._rows(x)
@@ -183,6 +184,6 @@ class BatchNorm(_Normalization):
         self.mean.copy_(torch.where(finite, mean, self.mean))
         self.variance.copy_(torch.where(finite, variance, self.variance))
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = y * self._along(self.variance.sqrt()) + self._along(self.mean)
         return x, self._expand(0.5 * self.variance.log().sum(), x)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bijections that only move entries."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,19 +40,19 @@ class Permute(Constants, Bijection):
         if permutation.dim() != 1 or sorted(permutation.tolist()) != list(range(len(permutation))):
             raise ValueError(f"expected a vector with each of 0, ..., D - 1 once; got {permutation.tolist()}")
         super().__init__(permutation.shape)
-        self.permutation = permutation.clone()
+        self.permutation: Tensor = permutation.clone()
         self.derive()
 
-    def derive(self):
-        self.inverse_permutation = self.permutation.argsort()
+    def derive(self) -> None:
+        self.inverse_permutation: Tensor = self.permutation.argsort()
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.index_select(-1, self.permutation), x.new_zeros(x.shape[:-1])
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return y.index_select(-1, self.inverse_permutation), y.new_zeros(y.shape[:-1])
 
-    def changed_entries(self, changed, *, forward=True):
+    def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         permutation = self.permutation if forward else self.inverse_permutation
         return changed[permutation.to(changed.device)]
 
@@ -79,22 +81,22 @@ class Squeeze(Bijection):
     def __init__(self):
         super().__init__((None, None, None))
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return squeeze(x), x.new_zeros(x.shape[:-3])
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return unsqueeze(y), y.new_zeros(y.shape[:-3])
 
-    def forward_shape(self, shape):
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         *batch_shape, channels, height, width = check_event_shape(self, shape, self.event_shape)
         check_even("Squeeze", (height, width))
         return torch.Size([*batch_shape, 4 * channels, height // 2, width // 2])
 
-    def inverse_shape(self, shape):
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         *batch_shape, channels, height, width = check_event_shape(self, shape, self.event_shape)
         if channels % 4:
             raise ValueError(f"Squeeze.inv expected a multiple of 4 channels; got shape {tuple(shape)}")
         return torch.Size([*batch_shape, channels // 4, 2 * height, 2 * width])
 
-    def changed_entries(self, changed, *, forward=True):
+    def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         return squeeze(changed) if forward else unsqueeze(changed)

@@ -2,6 +2,7 @@
 """Monotone rational-quadratic splines: as a coupling, and as a map of each entry by itself."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from .shapes import broadcast_batch, sum_events
 _LEAST_SHARE = 0.1  # of the bins of equal width: no bin becomes narrower
 
 
-def rational_quadratic(x: Tensor, raw: Tensor, bound: float, max_log_slope: float, *, inverse: bool = False):
+def rational_quadratic(
+    x: Tensor, raw: Tensor, bound: float, max_log_slope: float, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
     r"""The monotone rational-quadratic spline (Durkan et al. 2019, eqs. 4-8) from [-bound, bound] to itself, and
     the identity outside.
 
@@ -109,9 +112,9 @@ class SplineCoupling(Coupling):
     """
 
     num_bins = 8
-    outputs_per_entry = 3 * num_bins - 1
+    outputs_per_entry: int = 3 * num_bins - 1
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.outputs_per_entry = 3 * cls.num_bins - 1
 
@@ -128,7 +131,8 @@ class SplineCoupling(Coupling):
         for name, value in {"bound": bound, "max_log_scale": max_log_scale}.items():
             if not value > 0:
                 raise ValueError(f"expected {name} > 0; got {value}")
-        self.bound, self.max_log_scale = bound, max_log_scale
+        self.bound = bound
+        self.max_log_scale = max_log_scale
 
     def extra_repr(self) -> str:
         return f"num_bins={self.num_bins}, bound={self.bound}, max_log_scale={self.max_log_scale}"
@@ -139,10 +143,10 @@ class SplineCoupling(Coupling):
         changed, log_slope = rational_quadratic(changed, raw, self.bound, self.max_log_scale, inverse=inverse)
         return self.mask.join(kept, changed), sum_events(log_slope, self.mask.event_dim)
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._spline(x, context, inverse=False)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._spline(y, context, inverse=True)
 
 
@@ -190,10 +194,11 @@ class Spline(Bijection):
         for name, value, least in (("num_bins", num_bins, 1), ("bound", bound, 0), ("max_log_scale", max_log_scale, 0)):
             if not value > least:
                 raise ValueError(f"expected {name} > {least}; got {value}")
-        self.bound, self.max_log_scale = bound, max_log_scale
+        self.bound = bound
+        self.max_log_scale = max_log_scale
         shape = (input_dim, 3 * num_bins - 1)
-        self.raw = None if context_dim else nn.Parameter(torch.zeros(shape))
-        self.conditioner = MLP(context_dim, shape[0] * shape[1], hidden_dims) if context_dim else None
+        self.raw: nn.Parameter | None = None if context_dim else nn.Parameter(torch.zeros(shape))
+        self.conditioner: MLP | None = MLP(context_dim, shape[0] * shape[1], hidden_dims) if context_dim else None
 
     def extra_repr(self) -> str:
         return f"bound={self.bound}, max_log_scale={self.max_log_scale}"
@@ -205,8 +210,8 @@ class Spline(Bijection):
         y, log_slope = rational_quadratic(x, raw, self.bound, self.max_log_scale, inverse=inverse)
         return y, log_slope.sum(-1)
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._spline(x, context, inverse=False)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._spline(y, context, inverse=True)

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -55,7 +56,7 @@ class Dequantized(dist.TorchDistribution):
         torch.Size([5, 1, 2, 2])
     """
 
-    arg_constraints = {}
+    arg_constraints: dict[str, constraints.Constraint] = {}
 
     def __init__(
         self,
@@ -68,14 +69,17 @@ class Dequantized(dist.TorchDistribution):
     ):
         if levels < 2 or num_samples < 1:
             raise ValueError(f"expected levels >= 2 and num_samples >= 1; got {levels} and {num_samples}")
-        self.distribution, self.levels, self.noise, self.num_samples = distribution, levels, noise, num_samples
+        self.distribution = distribution
+        self.levels = levels
+        self.noise = noise
+        self.num_samples = num_samples
         super().__init__(distribution.batch_shape, distribution.event_shape, validate_args=validate_args)
 
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.integer_interval(0, self.levels - 1), self.event_dim)
 
-    def expand(self, batch_shape, _instance=None) -> "Dequantized":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Dequantized":
         return Dequantized(
             self.distribution.expand(batch_shape),
             self.levels,
@@ -199,9 +203,11 @@ class DequantizedFlow(nn.Module):
         super().__init__()
         if not isinstance(flow, Flow):
             raise TypeError(f"expected a Flow; got {type(flow).__name__}: pass Flow(Compose([bijection, Logit().inv]))")
-        self.flow, self.noise = flow, noise
-        self.levels, self.num_samples = levels, num_samples
-        self.event_shape = flow.event_shape
+        self.flow = flow
+        self.noise = noise
+        self.levels = levels
+        self.num_samples = num_samples
+        self.event_shape: torch.Size = flow.event_shape
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}"

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -40,7 +41,7 @@ class AllLatents(GuideBase, AutoContinuous):
         super().__init__(model, init_loc_fn=with_fallback(init_loc_fn))
         self._arguments: tuple[tuple, dict] | None = None
 
-    def build(self, *args, **kwargs) -> "AllLatents":
+    def build(self, *args: Any, **kwargs: Any) -> "AllLatents":
         """Looks at the model and makes the parameters. Returns the guide itself.
 
         A later call leaves the parameters as they are. It sets the arguments with which :meth:`sample` runs the model,
@@ -57,13 +58,13 @@ class AllLatents(GuideBase, AutoContinuous):
         self._arguments = args, kwargs
         return self
 
-    def _setup_prototype(self, *args, **kwargs):
+    def _setup_prototype(self, *args: Any, **kwargs: Any):
         with poutine.block(), torch.random.fork_rng():
             nodes = poutine.trace(self.model).get_trace(*args, **kwargs).nodes
         find_sites({name: site for name, site in nodes.items() if is_latent(site)})  # says what cannot be a latent
         super()._setup_prototype(*args, **kwargs)
 
-    def look(self, args: tuple, kwargs: dict) -> LogDensity:
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogDensity:
         """Finds the latent sites, and returns the log-density of the model.
 
         Raises:
@@ -82,7 +83,8 @@ class AllLatents(GuideBase, AutoContinuous):
         check_finite(density)
         if not density.dim:
             raise RuntimeError("found no latent variables that the density counts: use an empty guide instead")
-        self.sites, self.latent_dim = density.sites, density.dim
+        self.sites: dict[str, Site] = density.sites
+        self.latent_dim: int = density.dim
         # A part of a list of guides cannot see what the other parts draw.
         self._has_dynamic_supports = self.master is None and self._find_dynamic_supports(density)
         return density
@@ -158,7 +160,7 @@ class AllLatents(GuideBase, AutoContinuous):
         own = density.run(point, relative={})[1].values
         return any(not torch.allclose(values[name], own[name].to(values[name]), equal_nan=True) for name in own)
 
-    def get_transform(self, *args, **kwargs) -> Bijection:
+    def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The bijection from the base to unconstrained coordinates.
 
         Args:
@@ -170,11 +172,11 @@ class AllLatents(GuideBase, AutoContinuous):
             return transform
         return Compose([transform, FromRelative(self._density((args, kwargs) if args or kwargs else None))])
 
-    def get_posterior(self, *args, **kwargs) -> FlowDistribution:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The guide's distribution of all latents, in unconstrained coordinates; see :meth:`get_transform`."""
         return FlowDistribution(self.get_base_dist(), [self.get_transform(*args, **kwargs)])
 
-    def forward(self, *args, **kwargs) -> dict[str, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws all latent sites.
 
         Args:
@@ -204,7 +206,9 @@ class AllLatents(GuideBase, AutoContinuous):
                 draws[name] = pyro.sample(name, dist.Delta(value, log_density=-ladj, event_dim=event_dim))
         return draws
 
-    def _constrain(self, points: Tensor, args: tuple, kwargs: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _constrain(
+        self, points: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The values of each site, and log|det| of each element of its batch, at points ``(..., D)``."""
         if not self._has_dynamic_supports:
             return self._constrain_by_prototype(points)
@@ -221,7 +225,7 @@ class AllLatents(GuideBase, AutoContinuous):
             values[name], ladjs[name] = site.constrain(name, fn, site.unpack(part))
         return values, ladjs
 
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict, Tensor]]:
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """The prototype of each site and its unconstrained values, which NeuTraReparam reads."""
         if self._has_dynamic_supports and latent.dim() > 1:
             raise ValueError(
@@ -242,11 +246,13 @@ class AllLatents(GuideBase, AutoContinuous):
             return self._density().constrain(points)[0]
         return self._constrain_by_prototype(points)[0]
 
-    def median(self, *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
+    def median(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
         """The median of each latent, estimated from draws."""
         return {name: values[0] for name, values in self.quantiles([0.5], num_samples=num_samples).items()}
 
-    def quantiles(self, quantiles: Sequence[float], *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
+    def quantiles(
+        self, quantiles: Sequence[float], *args: Any, num_samples: int = 1000, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Quantiles of each latent, ``(len(quantiles),) + site shape``, estimated from draws."""
         return quantiles_of(self.sample(num_samples), quantiles)
 

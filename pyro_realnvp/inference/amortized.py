@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -78,7 +79,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         self.context_dim = context_dim
         self._options = {"num_couplings": num_couplings, "hidden_dims": hidden_dims}
 
-    def make_parameters(self, args: tuple, kwargs: dict) -> None:
+    def make_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the flow, whose events are the unconstrained values of all latent sites of a row, side by side."""
         sites = list(self.prototype_trace.iter_stochastic_nodes())
         if not sites:
@@ -106,9 +107,9 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         parts = [ConditionalAffine(dim, self.context_dim)]
         if dim > 1:
             parts.insert(0, real_nvp(dim, context_dim=self.context_dim, **self._options))
-        self.flow = Flow(Compose(parts)).to(value)
+        self.flow: Flow = Flow(Compose(parts)).to(value)
 
-    def get_posterior(self, *args, **kwargs) -> dist.Distribution:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.Distribution:
         """The distribution of each row's latents in unconstrained coordinates.
 
         Args:
@@ -119,7 +120,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
     def _posterior(self, context: Tensor) -> dist.Distribution:
         return self.own("flow")(context)
 
-    def forward(self, *args, **kwargs) -> dict[str, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws all latent sites and returns their values by name.
 
         Args:
@@ -150,7 +151,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             return dict(self._unpack(latent))
 
     @torch.no_grad()
-    def sample(self, num_samples: int, *args, **kwargs) -> dict[str, Tensor]:
+    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws of each site for the rows of the arguments, ``(num_samples,) + site shape``.
 
         Args:
@@ -168,11 +169,13 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         (draws,) = map_over(draw, torch.zeros(num_samples), is_mapped=True)
         return draws
 
-    def median(self, *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
+    def median(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
         """The posterior median of each latent for the rows of the arguments, from samples."""
         return {name: v[0] for name, v in self.quantiles([0.5], *args, num_samples=num_samples, **kwargs).items()}
 
-    def quantiles(self, quantiles: Sequence[float], *args, num_samples: int = 1000, **kwargs) -> dict[str, Tensor]:
+    def quantiles(
+        self, quantiles: Sequence[float], *args: Any, num_samples: int = 1000, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Posterior quantiles of each latent for the rows of the arguments, ``(len(quantiles),) + site shape``."""
         return quantiles_of(self.sample(num_samples, *args, **kwargs), quantiles)
 

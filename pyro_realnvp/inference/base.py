@@ -4,12 +4,14 @@
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pyro
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from pyro.params.param_store import param_with_module_name
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ..bijections.memo import forget_param_store
@@ -28,6 +30,9 @@ class GuideBase:
         options: passed on to the Pyro guide.
     """
 
+    prototype_trace: Trace | None
+    """The trace of the model that the guide was built from; None if it is not built."""
+
     is_warm = False
     """Whether the guide starts near the posterior, where the path derivative of the ELBO has the lower variance."""
 
@@ -41,7 +46,7 @@ class GuideBase:
     def mark_trained(self) -> None:
         """Is called by :func:`fit_guide` when the training ends. A subclass may override it."""
 
-    def __init__(self, model: Callable, **options):
+    def __init__(self, model: Callable, **options: Any):
         super().__init__(model, **options)
         self._plain_model = (model,)  # a tuple, so that a model that is a module does not become a submodule
         self._store_name = _new_name(self)
@@ -60,7 +65,7 @@ class GuideBase:
         if self._plain_model is None:
             self._plain_model = (model,)
 
-    def build(self, *args, **kwargs) -> "GuideBase":
+    def build(self, *args: Any, **kwargs: Any) -> "GuideBase":
         """Traces the model once, makes the guide's parameters and returns the guide.
 
         Args:
@@ -70,7 +75,7 @@ class GuideBase:
             self._setup_prototype(*args, **kwargs)
         return self
 
-    def _setup_prototype(self, *args, **kwargs):
+    def _setup_prototype(self, *args: Any, **kwargs: Any):
         super()._setup_prototype(*args, **kwargs)
         try:
             self.make_parameters(args, kwargs)
@@ -79,11 +84,11 @@ class GuideBase:
             raise
 
     @staticmethod
-    def _prototype_hide_fn(msg: dict) -> bool:
+    def _prototype_hide_fn(msg: dict[str, Any]) -> bool:
         """Hides from the prototype what is no latent. (Pyro's own keeps the sites that are summed over.)"""
         return AutoContinuous._prototype_hide_fn(msg) or is_enumerated(msg)
 
-    def make_parameters(self, args: tuple, kwargs: dict) -> None:
+    def make_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the guide's parameters and submodules. The model's trace is in ``self.prototype_trace``.
 
         Args:
@@ -152,7 +157,7 @@ class GuideBase:
         if self.prototype_trace is None:
             raise RuntimeError("the guide is not built: call guide.build(*args) with the model's arguments")
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.prototype_trace is None:
             raise RuntimeError(
                 "the guide is not built, so it has no parameters to load into: call guide.build(*args) first, "
@@ -160,16 +165,16 @@ class GuideBase:
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # The model is left out of the state, since it is often a closure and cannot be pickled. Pyro's method would
         # delete it from the guide that is being pickled, too, so this method does not call Pyro's.
         forget_param_store(self)
         return vars(self) | dict.fromkeys(_UNPICKLED)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"_store_name": _new_name(self)})
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GuideBase":
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))

@@ -60,12 +60,12 @@ class Chains:
 
     def __init__(self, target: PulledBack, num_chains: int):
         self.target = target
-        self.state = self._start(num_chains)
-        self.num_iterations = 0
-        self.log_step = -0.25 * math.log(self.state.point.shape[1])
-        self.log_length = self.log_step
+        self.state: State = self._start(num_chains)
+        self.num_iterations: int = 0
+        self.log_step: float = -0.25 * math.log(self.state.point.shape[1])
+        self.log_length: float = self.log_step
         spread = self.state.point.std(0)
-        self.scale = torch.where(spread > 0, spread, 1.0)  # it is zero if all chains start at one point
+        self.scale: Tensor = torch.where(spread > 0, spread, 1.0)  # it is zero if all chains start at one point
         self._steps = DualAveraging(prox_center=self.log_step)
         self._square, self._length_average = 0.0, self.log_length
 

@@ -20,10 +20,10 @@ class FromRelative(Bijection):
         super().__init__((density.dim,))
         self.density = density
 
-    def forward_and_ladj(self, x, context=None):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._map(self._forward_one, x)
 
-    def inverse_and_ladj(self, y, context=None):
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._map(self._inverse_one, y)
 
     def _map(self, function, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..bijections.linear import triangular_root
 from .density import LogDensity
 from .normals import LARGEST_FULL, FullNormal, LowRankNormal, Normal
+from .subsampling import Pass
 
 _RANK = 50  # directions of the Hessian that are found where it is not computed as a whole
 _MOST_EXACT = 2000  # entries of a diagonal that are computed one by one
@@ -18,7 +19,8 @@ class Surface:
     affordable."""
 
     def __init__(self, density: LogDensity):
-        self.density, self.passes = density, density.passes()
+        self.density = density
+        self.passes: list[Pass] = density.passes()
 
     def __call__(self, points: Tensor) -> Tensor:
         return self.density.mean_over(points, self.passes)

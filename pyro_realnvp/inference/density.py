@@ -4,6 +4,7 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import pyro
 import torch
@@ -44,25 +45,32 @@ class LogDensity:
     def __init__(
         self,
         model: Callable,
-        args: tuple = (),
-        kwargs: dict | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
         *,
         values: dict[str, Tensor] | None = None,
         latents: Collection[str] | None = None,
         memory: int = DEFAULT_MEMORY,
     ):
-        self.model, self.args, self.kwargs = model, args, {} if kwargs is None else kwargs
-        self.memory, self.is_mapped, self.own_tensors, self.bytes_per_draw = memory, True, False, 0
-        self.is_strict = latents is None
+        self.model = model
+        self.args = args
+        self.kwargs: dict[str, Any] = {} if kwargs is None else kwargs
+        self.memory = memory
+        self.is_mapped: bool = True
+        self.own_tensors: bool = False
+        self.bytes_per_draw: int = 0
+        self.is_strict: bool = latents is None
         self.relative: dict[str, Relative] = {}
         with poutine.block(), _own_dims(), torch.random.fork_rng(), Place(values or {}, {}, {}, is_strict=False):
-            self.trace = poutine.trace(model).get_trace(*args, **self.kwargs)
+            self.trace: Trace = poutine.trace(model).get_trace(*args, **self.kwargs)
         samples = [site for site in self.trace.nodes.values() if site["type"] == "sample"]
         found = [site["name"] for site in samples if is_latent(site)]
-        self.latents = [name for name in found if latents is None or name in latents]
-        self.plates = {site["name"]: site["fn"] for site in samples if draws_rows(site)}
-        self.nesting = max((-f.dim for site in samples for f in site["cond_indep_stack"] if f.vectorized), default=0)
-        self.is_enumerated = any(is_enumerated(site) for site in samples if not site["is_observed"])
+        self.latents: list[str] = [name for name in found if latents is None or name in latents]
+        self.plates: dict[str, Any] = {site["name"]: site["fn"] for site in samples if draws_rows(site)}
+        self.nesting: int = max(
+            (-f.dim for site in samples for f in site["cond_indep_stack"] if f.vectorized), default=0
+        )
+        self.is_enumerated: bool = any(is_enumerated(site) for site in samples if not site["is_observed"])
 
     @cached_property
     def sites(self) -> dict[str, Site]:

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
@@ -79,11 +80,11 @@ class Diagnosis:
 @torch.no_grad()
 def diagnose(
     guide: Callable,
-    *args,
+    *args: Any,
     model: Callable | None = None,
     num_samples: int = 2000,
     memory: int = DEFAULT_MEMORY,
-    **kwargs,
+    **kwargs: Any,
 ) -> Diagnosis:
     r"""Measures how good a guide is, by PSIS-k, evidence and effective sample size, from the importance weights
     :math:`w_i = p(x, z_i) / q(z_i),\ z_i \sim q`.

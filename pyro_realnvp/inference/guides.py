@@ -2,6 +2,7 @@
 """A flow as the guide of a whole model."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -96,7 +97,9 @@ class AutoRealNVP(AllLatents):
         if not num_starts >= 1:
             raise ValueError(f"expected num_starts >= 1; got {num_starts}")
         self.num_starts = num_starts
-        self.init_scale, self.full, self.warm_start = init_scale, full, warm_start
+        self.init_scale = init_scale
+        self.full = full
+        self.warm_start = warm_start
         self._options = {"num_couplings": num_couplings, "hidden_dims": hidden_dims}
         self._init_flow_fn = init_flow_fn
 
@@ -112,13 +115,13 @@ class AutoRealNVP(AllLatents):
         affine = self.own("transform").parts[-1]
         return bool(self._buffers["fitted"]) or any(p.any() for p in affine.parameters())
 
-    def make_parameters(self, args: tuple, kwargs: dict) -> None:
+    def make_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         density = self.look(args, kwargs)
         start = self._init_loc()
         found = modes = None
         if self.master is None if self.warm_start is None else self.warm_start:
             found = warm_start(density, start, self.init_scale)
-        self.is_warm = found is not None
+        self.is_warm: bool = found is not None
         normal = found.normal if found else isotropic(start, self.init_scale)
         if found and self.num_starts > 1:
             points = seeded(lambda: self._dispersed(args, kwargs, self.num_starts - 1))
@@ -135,9 +138,9 @@ class AutoRealNVP(AllLatents):
         if modes and len(modes.normals) > 1:
             self.mixture, affine = mixture_of(modes, full)
             self.mixture.to(start)
-        self.transform = Compose([flow.to(start), affine.to(start)])
+        self.transform: Compose = Compose([flow.to(start), affine.to(start)])
 
-    def _dispersed(self, args: tuple, kwargs: dict, num: int) -> Tensor:
+    def _dispersed(self, args: tuple[Any, ...], kwargs: dict[str, Any], num: int) -> Tensor:
         """Draws from the prior, in plain unconstrained coordinates."""
         points = []
         for _ in range(num):

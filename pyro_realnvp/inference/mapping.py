@@ -88,8 +88,11 @@ def split(points: Point, size: int) -> list[Point]:
 
 
 def map_over(
-    function: Callable[[Point], tuple[dict, ...]], points: Point, is_mapped: bool, own_tensors: bool = False
-) -> tuple[dict, ...]:
+    function: Callable[[Point], tuple[dict[str, Tensor], ...]],
+    points: Point,
+    is_mapped: bool,
+    own_tensors: bool = False,
+) -> tuple[dict[str, Tensor], ...]:
     """The tensors of a function of one point, which returns dicts of them, at many points."""
     if is_mapped and count(points) > 1:
         return vmap(function, points, "different", own_tensors)
@@ -97,11 +100,13 @@ def map_over(
     return join([map_each(result, lambda value: value.unsqueeze(0)) for result in results])
 
 
-def map_each(results: tuple[dict, ...], change: Callable[[Tensor], Tensor]) -> tuple[dict, ...]:
+def map_each(
+    results: tuple[dict[str, Tensor], ...], change: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Tensor], ...]:
     return tuple(map_points(result, change) for result in results)
 
 
-def join(results: list[tuple[dict, ...]]) -> tuple[dict, ...]:
+def join(results: list[tuple[dict[str, Tensor], ...]]) -> tuple[dict[str, Tensor], ...]:
     """The results for the pieces of many points, as one."""
     return tuple({name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*results))
 

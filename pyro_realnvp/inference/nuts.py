@@ -4,6 +4,7 @@
 import time
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
 import torch
 from pyro.infer import MCMC, NUTS
@@ -17,7 +18,7 @@ from .pulled_back import PulledBack
 
 def neutra(
     guide: AutoContinuous,
-    *args,
+    *args: Any,
     model: Callable | None = None,
     num_samples: int = 1000,
     warmup_steps: int = 500,
@@ -25,7 +26,7 @@ def neutra(
     target_accept_prob: float = 0.8,
     max_tree_depth: int = 10,
     progress: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> PosteriorSamples:
     r"""Draws from the posterior by NUTS in the coordinates :math:`\epsilon` of a guide :math:`z = T(\epsilon)`, where
     it is nearly a standard normal (NeuTra; Hoffman et al. 2019).

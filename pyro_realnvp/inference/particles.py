@@ -27,10 +27,12 @@ class Particles:
         parameters: what is learned, for gradients that leave it out.
     """
 
-    bytes_per_draw = 0
+    bytes_per_draw: int = 0
 
     def __init__(self, guide: Callable, density: LogDensity, parameters: list[Tensor]):
-        self.guide, self.density, self.parameters = guide, density, parameters
+        self.guide = guide
+        self.density = density
+        self.parameters = parameters
         with torch.no_grad(), torch.random.fork_rng():
             points, _, _ = self.draw(2, density.rows(), False)
         check(density, points)
@@ -100,7 +102,7 @@ class FlowParticles(Particles):
         guide.set_coordinates(density)
         super().__init__(guide, density, parameters)
 
-    def draw(self, count, rows, path_derivative):
+    def draw(self, count: int, rows: dict[str, Tensor], path_derivative: bool) -> tuple[Point, Tensor, Tensor | None]:
         return *self._take(self.guide.get_base_dist().sample((count,)), path_derivative), None
 
     def _take(self, noise: Tensor, path_derivative: bool) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,7 @@ class FlowParticles(Particles):
         points, log_q = self._take(noise, path_derivative)
         return (weights * (log_q - self.density(points, rows))).sum()
 
-    def values(self, points):
+    def values(self, points: Point) -> dict[str, Tensor]:
         return self.density.constrain(points)[0]
 
 
@@ -128,8 +130,10 @@ class TracedParticles(Particles):
     """Draws of any guide of Pyro's, each of which is a run of the guide."""
 
     def __init__(self, guide: Callable, density: LogDensity, parameters: list[Tensor]):
-        self.guide_is_mapped = True
-        self.guide, self.density, self.parameters = guide, density, parameters
+        self.guide_is_mapped: bool = True
+        self.guide = guide
+        self.density = density
+        self.parameters = parameters
         rows = density.rows()
         try:
             with torch.no_grad(), torch.random.fork_rng():
@@ -140,13 +144,13 @@ class TracedParticles(Particles):
         super().__init__(guide, density, parameters)
         if self.is_mapped:
             with torch.random.fork_rng():
-                self.bytes_per_draw = bytes_per_draw(lambda n: self.draw(len(n), rows, False), torch.empty(2))
+                self.bytes_per_draw: int = bytes_per_draw(lambda n: self.draw(len(n), rows, False), torch.empty(2))
 
     @property
     def is_mapped(self) -> bool:
         return self.guide_is_mapped and self.density.is_mapped
 
-    def draw(self, count, rows, path_derivative):
+    def draw(self, count: int, rows: dict[str, Tensor], path_derivative: bool) -> tuple[Point, Tensor, Tensor | None]:
         values, terms = map_over(lambda _: self._draw_one(rows), torch.zeros(count), self.guide_is_mapped)
         if path_derivative and "score" not in terms:
             with frozen(self.parameters):
@@ -173,7 +177,7 @@ class TracedParticles(Particles):
             trace.compute_log_prob()
         return trace
 
-    def values(self, points):
+    def values(self, points: Point) -> dict[str, Tensor]:
         return points
 
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class PosteriorSamples:
     model: Callable | None = field(default=None, repr=False)
     """The model. It is not pickled."""
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"model": None}
 
     @property
@@ -78,11 +78,11 @@ class PosteriorSamples:
 
     def to_arviz(
         self,
-        *args,
+        *args: Any,
         model: Callable | None = None,
         log_likelihood: bool = False,
         posterior_predictive: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> "InferenceData":
         r"""The draws as an ``InferenceData`` of ArviZ, with the groups ``posterior`` and ``sample_stats`` (diverging,
         acceptance_rate, energy), and on request others.

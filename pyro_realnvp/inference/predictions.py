@@ -3,6 +3,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import torch
@@ -28,11 +29,16 @@ class Predictions:
         ValueError: the model observes nothing, or plates draw subsamples of their rows.
     """
 
-    def __init__(self, model: Callable, args: tuple, kwargs: dict, samples: dict[str, Tensor]):
-        self.model, self.args, self.kwargs, self.samples = model, args, kwargs, samples
-        self.density = LogDensity(model, args, kwargs, values=map_points(samples, lambda draws: draws[0]))
+    def __init__(self, model: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], samples: dict[str, Tensor]):
+        self.model = model
+        self.args = args
+        self.kwargs = kwargs
+        self.samples = samples
+        self.density: LogDensity = LogDensity(model, args, kwargs, values=map_points(samples, lambda draws: draws[0]))
         nodes = self.density.trace.nodes
-        self.observed = {name: site["value"] for name, site in nodes.items() if _is_observation(site)}
+        self.observed: dict[str, Tensor] = {
+            name: site["value"] for name, site in nodes.items() if _is_observation(site)
+        }
         if not self.observed:
             raise ValueError("the model observes nothing: pass the arguments with which it does")
         if self.density.plates:

@@ -3,15 +3,19 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
+from torch.distributions import Transform
 
 from .agreement import check
 from .base import GuideBase
 from .density import DEFAULT_MEMORY, LogDensity
 from .particles import frozen
+from .subsampling import Pass
 from .traces import check_argument_names, model_of, run, values_of
 
 
@@ -39,8 +43,8 @@ class PulledBack:
         self,
         function: Callable,
         guide: AutoContinuous,
-        args: tuple,
-        kwargs: dict,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         model: Callable | None,
         memory: int = DEFAULT_MEMORY,
     ):
@@ -48,14 +52,15 @@ class PulledBack:
             raise TypeError(f"expected a guide with a transform, such as AutoRealNVP; got {type(guide).__name__}")
         if guide.prototype_trace is None or not getattr(guide, "is_trained", True):
             raise RuntimeError("the guide is not trained: call fit_guide(guide, *args) first")
-        self.guide, self.model = guide, model_of(guide, model)
+        self.guide = guide
+        self.model: Callable = model_of(guide, model)
         check_argument_names(self.model, function, args)
         values = values_of(run(self.model, guide, args, kwargs))
-        self.density = LogDensity(self.model, args, kwargs, values=values, memory=memory)
-        self.base = guide.get_base_dist()
+        self.density: LogDensity = LogDensity(self.model, args, kwargs, values=values, memory=memory)
+        self.base: TorchDistribution = guide.get_base_dist()
         if isinstance(guide, GuideBase) and guide.draws_all_at_once:
             guide.set_coordinates(self.density)
-            self.transform = guide.own("transform")
+            self.transform: Transform = guide.own("transform")
         else:
             self.transform = guide.get_transform(*args, **kwargs)
         if self.density.dim != self.base.event_shape[0]:
@@ -65,9 +70,9 @@ class PulledBack:
             )
         with torch.no_grad():
             check(self.density, self.transform(self.base.sample((2,))))
-        self.passes = self.density.passes(most=None)
+        self.passes: list[Pass] = self.density.passes(most=None)
 
-    def frozen(self) -> AbstractContextManager:
+    def frozen(self) -> AbstractContextManager[None]:
         """Within it, only the draws have gradients, and not the guide's parameters."""
         return frozen(self.guide.parameters())
 

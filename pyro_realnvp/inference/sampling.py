@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
 import pyro
 import torch
@@ -22,7 +23,7 @@ _FEWEST_CHAINS, _FEWEST_SAMPLES = 4, 4
 
 def sample_posterior(
     guide: AutoContinuous,
-    *args,
+    *args: Any,
     model: Callable | None = None,
     num_samples: int = 100,
     warmup_steps: int = 200,
@@ -30,7 +31,7 @@ def sample_posterior(
     seed: int | None = None,
     memory: int = DEFAULT_MEMORY,
     progress: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> PosteriorSamples:
     r"""Draws from the posterior by hundreds of chains at once, in the coordinates :math:`\epsilon` of a guide
     :math:`z = T(\epsilon),\ \epsilon \sim p_0`.

@@ -4,7 +4,7 @@
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -60,18 +60,18 @@ class Site(NamedTuple):
         return ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0)
 
 
-def is_enumerated(site: dict) -> bool:
+def is_enumerated(site: dict[str, Any]) -> bool:
     """Whether a discrete site is summed over, as `config_enumerate` asks for."""
     return site["infer"].get("enumerate") == "parallel"
 
 
-def is_latent(site: dict) -> bool:
+def is_latent(site: dict[str, Any]) -> bool:
     """Whether a site is drawn, and is neither observed, nor summed over, nor the rows of a plate."""
     is_drawn = site["type"] == "sample" and not site["is_observed"]
     return is_drawn and not site_is_subsample(site) and not is_enumerated(site)
 
 
-def find_sites(nodes: Mapping[str, dict], influence: dict[str, Tensor] | None = None) -> dict[str, Site]:
+def find_sites(nodes: Mapping[str, dict[str, Any]], influence: dict[str, Tensor] | None = None) -> dict[str, Site]:
     """The latent sites of a model, in the order in which it draws them.
 
     Args:
@@ -93,7 +93,7 @@ def find_sites(nodes: Mapping[str, dict], influence: dict[str, Tensor] | None = 
     return {name: site for name, site in found.items() if site.size}
 
 
-def batch_mask(site: dict) -> Tensor | None:
+def batch_mask(site: dict[str, Any]) -> Tensor | None:
     """The mask of ``poutine.mask`` over the batch of a site, or None if it takes nothing out of the density."""
     mask = site["mask"]
     if mask is None or mask is True:
@@ -137,10 +137,10 @@ def unconstraining(name: str, fn: Distribution) -> Transform:
         ) from None
 
 
-def with_fallback(init_loc_fn: Callable[[dict], Tensor]) -> Callable[[dict], Tensor]:
+def with_fallback(init_loc_fn: Callable[[dict[str, Any]], Tensor]) -> Callable[[dict[str, Any]], Tensor]:
     """Starts at zero, in unconstrained coordinates, where `init_loc_fn` has nothing to draw from."""
 
-    def init(site: dict) -> Tensor:
+    def init(site: dict[str, Any]) -> Tensor:
         try:
             return init_loc_fn(site)
         except NotImplementedError:
@@ -162,7 +162,7 @@ class Rows(Messenger):
         super().__init__()
         self.rows = rows
 
-    def _pyro_sample(self, msg: dict) -> None:
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.rows:
             msg["value"] = self.rows[msg["name"]]
 
@@ -190,16 +190,18 @@ class Place(Rows):
         is_strict: bool = True,
     ):
         super().__init__(rows)
-        self.sites, self.relative, self.is_strict = sites, relative, is_strict
-        self.is_constrained = not isinstance(point, Tensor)
-        self.parts = point if self.is_constrained else unpack(point, sites)
+        self.sites = sites
+        self.relative = relative
+        self.is_strict = is_strict
+        self.is_constrained: bool = not isinstance(point, Tensor)
+        self.parts: dict[str, Tensor] = point if self.is_constrained else unpack(point, sites)
         self.values: dict[str, Tensor] = {}
         self.ladjs: dict[str, Tensor] = {}
         self.unconstrained: dict[str, Tensor] = {}
         self.relative_ladjs: dict[str, Tensor] = {}
         self.new: list[str] = []
 
-    def _pyro_sample(self, msg: dict) -> None:
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
         super()._pyro_sample(msg)
         name = msg["name"]
         if msg["value"] is not None or msg["is_observed"]:
@@ -222,7 +224,7 @@ class Place(Rows):
         value, self.ladjs[name] = site.constrain(name, fn, unconstrained)
         return value
 
-    def _fill(self, msg: dict) -> None:
+    def _fill(self, msg: dict[str, Any]) -> None:
         """Gives a constant to a site that the point does not have, and notes its name if the density counts it."""
         fn, mask = msg["fn"], msg["mask"]
         if not getattr(fn.support, "is_discrete", False):

@@ -2,6 +2,7 @@
 """Rows of plates that draw subsamples, so that several evaluations of a model see all rows."""
 
 import math
+from typing import Any
 
 import torch
 from pyro.poutine import Trace
@@ -17,7 +18,7 @@ Pass = tuple[float, dict[str, Tensor]]
 """The weight of an evaluation, and the rows of each subsampled plate in it."""
 
 
-def draws_rows(site: dict) -> bool:
+def draws_rows(site: dict[str, Any]) -> bool:
     """Whether a site is the subsample of a plate that has more rows."""
     return site_is_subsample(site) and site["fn"].subsample_size not in (None, site["fn"].size)
 

@@ -3,6 +3,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -40,7 +41,7 @@ def _is_wrapped_by_pyro(model: Callable) -> bool:
     return len(args) > 1 and isinstance(args[0], InitMessenger)
 
 
-def check_argument_names(model: Callable, function: Callable, args: tuple) -> None:
+def check_argument_names(model: Callable, function: Callable, args: tuple[Any, ...]) -> None:
     """Raises an error where an option of ours would take a keyword argument of the model's, and the model miss it."""
     try:
         signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
@@ -62,7 +63,7 @@ def check_argument_names(model: Callable, function: Callable, args: tuple) -> No
         )
 
 
-def run(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Trace:
+def run(model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     """Runs the guide, and the model at its values. Returns the trace of the guide.
 
     Raises:
@@ -90,13 +91,15 @@ def run(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Trace:
     return guide_trace
 
 
-def _counts(site: dict) -> bool:
+def _counts(site: dict[str, Any]) -> bool:
     """Whether the density counts an entry of the site."""
     mask = batch_mask(site)
     return site["value"].numel() > 0 and (mask is None or bool(mask.any()))
 
 
-def learned_parameters(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[list[Tensor], Trace]:
+def learned_parameters(
+    model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], Trace]:
     """The tensors of the model and the guide that require a gradient, as Pyro finds them, and a trace of the guide."""
     with poutine.trace(param_only=True) as capture:
         guide_trace = run(model, guide, args, kwargs)

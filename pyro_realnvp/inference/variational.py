@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import Any
 
 import pyro
 import torch
@@ -27,7 +28,7 @@ _MOST_REPEATS = 64  # evaluations of another ELBO in a validation
 
 def fit_guide(
     guide: Callable,
-    *args,
+    *args: Any,
     model: Callable | None = None,
     num_steps: int = 2000,
     num_particles: int | None = None,
@@ -44,7 +45,7 @@ def fit_guide(
     memory: int = DEFAULT_MEMORY,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> History:
     r"""Fits a guide, and the parameters of the model itself: maximizes the ELBO
     :math:`E_{q(z)}[\log p(x, z) - \log q(z)]`.

@@ -4,7 +4,9 @@
 import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -21,7 +23,8 @@ class HeldOut:
     """The held-out rows, in the same batches at each pass. In many processes each reads its own share of them."""
 
     def __init__(self, rows: Rows, indices: Tensor):
-        self.rows, self.indices = rows, indices[distributed.rank() :: distributed.count()]
+        self.rows = rows
+        self.indices: Tensor = indices[distributed.rank() :: distributed.count()]
 
     def __iter__(self) -> Iterator[Batch]:
         return self.rows.in_order(self.indices)
@@ -37,13 +40,16 @@ class Shuffled:
     """
 
     def __init__(self, rows: Rows, indices: Tensor, batch_size: int, generator: torch.Generator):
-        self.rows, self.indices, self.batch_size, self.generator = rows, indices, batch_size, generator
+        self.rows = rows
+        self.indices = indices
+        self.batch_size = batch_size
+        self.generator = generator
         self._shuffle()
 
     def _shuffle(self) -> None:
-        self.start = self.generator.get_state()
-        self.order = self.indices[torch.randperm(len(self.indices), generator=self.generator)]
-        self.position = 0
+        self.start: Tensor = self.generator.get_state()
+        self.order: Tensor = self.indices[torch.randperm(len(self.indices), generator=self.generator)]
+        self.position: int = 0
 
     def __next__(self) -> Batch:
         if self.position + self.batch_size > len(self.order):
@@ -56,10 +62,10 @@ class Shuffled:
         """Rows from all of the data to train on, in their order."""
         return self.rows[self.indices[:: math.ceil(len(self.indices) / _SOME_ROWS)]]
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"start": self.start, "position": self.position}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["start"])
         self._shuffle()
         self.position = state["position"]
@@ -73,12 +79,15 @@ class Stream:
     over these batches. The loader must yield the same batches from the same random states for this to be exact.
     """
 
-    def __init__(self, flow: nn.Module, source: Iterable, *, must_end: bool = False):
+    def __init__(self, flow: nn.Module, source: Iterable[Any], *, must_end: bool = False):
         self.must_end = must_end
-        self.flow, self.source, self.own = flow, source, next(flow.parameters())
-        self.epoch = self.position = 0
-        self.start: dict = {}
-        self.batches: Iterator | None = None
+        self.flow = flow
+        self.source = source
+        self.own: nn.Parameter = next(flow.parameters())
+        self.epoch: int = 0
+        self.position: int = 0
+        self.start: dict[str, Any] = {}
+        self.batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Makes one pass over the source."""
@@ -139,13 +148,13 @@ class Stream:
         """The generators that belong to the loader and its samplers, and not to torch as a whole."""
         return [part.generator for part in _parts(self.source) if getattr(part, "generator", None) is not None]
 
-    def _random_state(self) -> dict:
+    def _random_state(self) -> dict[str, Any]:
         return random_state() | {"own": [generator.get_state() for generator in self._generators()]}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"start": distributed.gather(self.start), "epoch": self.epoch, "position": self.position}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begins the epoch again from the same random states, and passes over the batches that were used.
 
         The random states stay where this leaves them; :class:`Checkpoint` then sets those of the interrupted step.
@@ -166,7 +175,7 @@ class Stream:
         self.position = state["position"]
 
 
-def _parts(source: Iterable) -> list:
+def _parts(source: Iterable[Any]) -> list:
     """The parts of a loader that may hold a generator: the loader itself and its samplers, each of them once."""
     batch_sampler = getattr(source, "batch_sampler", None)
     parts = [source, getattr(source, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
@@ -182,7 +191,13 @@ def of_all_processes(batch: Batch) -> Batch:
 
 
 def prepare(
-    flow: nn.Module, x, context, weights, validation, batch_size: int | None, generator: torch.Generator
+    flow: nn.Module,
+    x: Tensor | np.ndarray | Iterable[Any],
+    context: Tensor | np.ndarray | None,
+    weights: Tensor | np.ndarray | None,
+    validation: float | Tensor | np.ndarray | tuple[Any, ...] | Iterable[Any],
+    batch_size: int | None,
+    generator: torch.Generator,
 ) -> tuple[Shuffled | Stream, HeldOut | Stream | None, list[Rows]]:
     """Makes batches of the data that :func:`fit` takes.
 
@@ -249,7 +264,7 @@ def _held_out(flow: nn.Module, validation) -> tuple[HeldOut | Stream, list[Rows]
     return HeldOut(rows, torch.arange(len(rows))), [rows]
 
 
-def _sharded(source: Iterable) -> Iterable:
+def _sharded(source: Iterable[Any]) -> Iterable:
     """Returns the source. Raises an error if it is a loader that would give the same rows to each of many processes."""
     if isinstance(source, DataLoader) and distributed.are_many():
         is_sharded = any(isinstance(part, DistributedSampler) for part in _parts(source))

@@ -3,6 +3,7 @@
 
 import os
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +26,15 @@ class Checkpoint:
         every: the number of steps between two writes.
     """
 
-    def __init__(self, path: str | os.PathLike, every: int):
+    def __init__(self, path: str | os.PathLike[str], every: int):
         if every < 1:
             raise ValueError(f"expected checkpoint_every >= 1; got {every}")
-        self.path, self.every = path, every
+        self.path = path
+        self.every = every
         is_there = distributed.rank() == 0 and os.path.exists(path)
-        self.found = distributed.agree(read(path, _TRAINING) if is_there else None)
+        self.found: dict[str, Any] | None = distributed.agree(read(path, _TRAINING) if is_there else None)
 
-    def connect(self, module: nn.Module, settings: dict, **parts) -> None:
+    def connect(self, module: nn.Module, settings: dict[str, Any], **parts: Any) -> None:
         """Registers the parts to write. If the file was found, loads its states into them.
 
         Args:
@@ -44,8 +46,9 @@ class Checkpoint:
             ValueError: The settings or the architecture differ from those in the file.
             RuntimeError: The file lacks a state, or holds one that does not fit. The module is as it was before.
         """
-        self.settings, self.architecture = settings, describe(module)
-        self.parts = {"module": module} | parts
+        self.settings = settings
+        self.architecture: list[str] = describe(module)
+        self.parts: dict[str, Any] = {"module": module} | parts
         if self.found is None:
             return
         theirs = self.found["settings"]
@@ -84,7 +87,7 @@ class Checkpoint:
             write(self.path, _TRAINING, content)
 
 
-def random_state() -> dict:
+def random_state() -> dict[str, Any]:
     """The states of the global generators of torch, numpy and Python."""
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -96,7 +99,7 @@ def random_state() -> dict:
     }
 
 
-def set_random_state(state: dict) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     """Sets the states that :func:`random_state` returned; there may be another number of GPUs."""
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])

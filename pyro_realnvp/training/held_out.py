@@ -2,6 +2,7 @@
 """The loss of held-out rows, which single extreme rows cannot decide."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ class HeldOutLoss:
         batches: an iterable of the held-out batches.
     """
 
-    def __init__(self, flow: nn.Module, batches: Iterable):
-        self.flow, self.batches = flow, batches
+    def __init__(self, flow: nn.Module, batches: Iterable[Any]):
+        self.flow = flow
+        self.batches = batches
         self.extreme: list[int] = []
         """The numbers of the extreme rows, in the order of the held-out rows."""
 

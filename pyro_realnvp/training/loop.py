@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +35,12 @@ class Training:
     """
 
     def __init__(self, modules: Sequence[nn.Module], parameters: list[Tensor], options: LoopOptions):
-        self.modules, self.parameters, self.options = modules, parameters, options
+        self.modules = modules
+        self.parameters = parameters
+        self.options = options
         self.optimizer = torch.optim.AdamW(parameters, options.lr, weight_decay=options.weight_decay, fused=True)
         total_steps = options.num_steps + 1  # the schedule moves on after the last step, too
-        self.schedule = OneCycleLR(
+        self.schedule: OneCycleLR = OneCycleLR(
             self.optimizer,
             options.lr,
             total_steps=total_steps,
@@ -45,11 +48,11 @@ class Training:
             pct_start=options.warmup if options.warmup * total_steps > 1 else 0.0,
             cycle_momentum=False,
         )
-        self.average = Average(parameters, max(options.averaging * options.num_steps, 1))
-        self.best = State(modules, parameters)
-        self.history = History()
-        self.skips_in_a_row = 0
-        self.is_done = False
+        self.average: Average = Average(parameters, max(options.averaging * options.num_steps, 1))
+        self.best: State = State(modules, parameters)
+        self.history: History = History()
+        self.skips_in_a_row: int = 0
+        self.is_done: bool = False
 
     @property
     def step(self) -> int:
@@ -213,7 +216,7 @@ class Training:
         if not self.is_done:
             self.is_done, self.history.stopped = True, reason
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """The state of the training without the current weights, which a checkpoint takes from the module."""
         return {
             "best": self.best.state_dict(),
@@ -225,7 +228,7 @@ class Training:
             "is_done": self.is_done,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best.load_state_dict(state["best"])
         self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

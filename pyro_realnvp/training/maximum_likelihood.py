@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ _WORSE = 0.1  # nats, more than the noise of a held-out part
 
 def fit(
     flow: nn.Module,
-    x: Tensor | np.ndarray | Iterable,
+    x: Tensor | np.ndarray | Iterable[Any],
     *,
     context: Tensor | np.ndarray | None = None,
     weights: Tensor | np.ndarray | None = None,
@@ -42,11 +43,11 @@ def fit(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     averaging: float = 0.1,
-    validation: float | Tensor | np.ndarray | tuple | Iterable = 0.1,
+    validation: float | Tensor | np.ndarray | tuple[Any, ...] | Iterable[Any] = 0.1,
     validate_every: int = 50,
     patience: int | None = 1000,
     seed: int | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 200,
     augment: Callable[[Tensor], Tensor] | None = None,
     standardize: bool = True,

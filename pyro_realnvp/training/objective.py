@@ -27,7 +27,9 @@ class Objective(nn.Module):
 
     def __init__(self, flow: nn.Module, compile: bool | str, autocast: torch.dtype | None):
         super().__init__()
-        self.flow, self.autocast, self.num_rows = flow, autocast, 0
+        self.flow = flow
+        self.autocast = autocast
+        self.num_rows: int = 0
         mode = compile if isinstance(compile, str) else None
         self._compiled = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=mode) if compile else None
 
@@ -36,7 +38,7 @@ class Objective(nn.Module):
         # a graph of its own would cost more than it saves, so it runs uncompiled.
         if self._compiled is None or len(x) < self.num_rows:
             return self._loss(x, context, weights)
-        self.num_rows = len(x)
+        self.num_rows: int = len(x)
         if x.is_cuda:
             # CUDA graphs write each result into the same memory. This call says that the previous one is used up.
             torch.compiler.cudagraph_mark_step_begin()

@@ -2,6 +2,7 @@
 """The options that :func:`fit` and :func:`fit_guide` share."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class LoopOptions:
     tolerance: float = 0.0
     """Later weights replace the best ones unless their validation loss is higher by this much (in nats) or more."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("num_steps", "validate_every"):
@@ -29,6 +30,6 @@ class LoopOptions:
                 raise ValueError(f"expected {name} >= 1; got {getattr(self, name)}")
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """Converts a numpy scalar to a Python scalar, which a checkpoint can hold; returns other values unchanged."""
     return value.item() if isinstance(value, np.generic) else value

@@ -22,9 +22,11 @@ class Progress:
         # A bar is redrawn many times, each of which would be text in a file.
         is_redrawn = issubclass(tqdm, tqdm_notebook) or (hasattr(sys.stderr, "isatty") and sys.stderr.isatty())
         self.bar = tqdm(total=total, initial=initial, unit="step", disable=not (show and is_redrawn))
-        self.prints_lines = show and not is_redrawn
-        self.total, self.initial, self.done = total, initial, initial
-        self.started = time.perf_counter()
+        self.prints_lines: bool = show and not is_redrawn
+        self.total = total
+        self.initial = initial
+        self.done: int = initial
+        self.started: float = time.perf_counter()
 
     def update(self, done: int, values: Mapping[str, str]) -> None:
         """Shows that `done` steps have been taken, with these values."""

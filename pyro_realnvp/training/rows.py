@@ -38,10 +38,18 @@ class Rows:
         train: whether the rows are to be trained on, for which at least two are needed, with no constant column.
     """
 
-    def __init__(self, flow: nn.Module, x, context=None, weights=None, *, train: bool = True):
-        self.own = next(flow.parameters())
-        self.levels = flow.levels if getattr(flow, "is_discrete", False) else None
-        self.support = flow.bijection.codomain if isinstance(flow, Flow) else None
+    def __init__(
+        self,
+        flow: nn.Module,
+        x: Tensor | np.ndarray,
+        context: Tensor | np.ndarray | None = None,
+        weights: Tensor | np.ndarray | None = None,
+        *,
+        train: bool = True,
+    ):
+        self.own: nn.Parameter = next(flow.parameters())
+        self.levels: int | None = flow.levels if getattr(flow, "is_discrete", False) else None
+        self.support: constraints.Constraint | None = flow.bijection.codomain if isinstance(flow, Flow) else None
         x = _checked(self.own, x, "x", levels=self.levels)
         event_shape = tuple(getattr(flow, "event_shape", x.shape[1:]))
         if not x.ndim or tuple(x.shape[1:]) != event_shape:
@@ -54,7 +62,7 @@ class Rows:
                 raise ValueError(
                     f"expected a context for each of the {len(x)} rows of x; got shape {tuple(context.shape)}"
                 )
-        self.columns = Batch(x, context, None if weights is None else _normalized(weights, len(x)))
+        self.columns: Batch = Batch(x, context, None if weights is None else _normalized(weights, len(x)))
         self._check_values(train)
 
     def __len__(self) -> int:

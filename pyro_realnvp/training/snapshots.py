@@ -4,6 +4,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,17 @@ class State:
 
     def __init__(self, modules: Sequence[nn.Module], parameters: list[Tensor]):
         owned = {id(p) for module in modules for p in module.parameters()}
-        self.modules, self.parameters = modules, [p for p in parameters if id(p) not in owned]
+        self.modules = modules
+        self.parameters: list[Tensor] = [p for p in parameters if id(p) not in owned]
         self.save()
 
     def save(self) -> None:
         """Copies the current state."""
-        self.states = [module.state_dict() for module in self.modules]
+        self.states: list[dict[str, Any]] = [module.state_dict() for module in self.modules]
         for state in self.states:
             for name, value in state.items():
                 state[name] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        self.values = [p.detach().clone() for p in self.parameters]
+        self.values: list[Tensor] = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -34,10 +36,10 @@ class State:
         for p, value in zip(self.parameters, self.values):
             p.copy_(value)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"states": self.states, "values": self.values}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.states, self.values = state["states"], state["values"]
 
 
@@ -46,10 +48,10 @@ class Average:
 
     def __init__(self, parameters: list[Tensor], time_constant: float):
         # An update reads every weight, so it is made only every few steps, which hardly changes the average.
-        self.every = int(min(25, max(1, time_constant / 4)))
-        self.parameters = nn.ParameterList(parameters)
+        self.every: int = int(min(25, max(1, time_constant / 4)))
+        self.parameters: nn.ParameterList = nn.ParameterList(parameters)
         decay = 1 - self.every / time_constant
-        self.model = AveragedModel(self.parameters, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.model: AveragedModel = AveragedModel(self.parameters, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def restart(self) -> None:
         """Sets the average to the current parameters."""
