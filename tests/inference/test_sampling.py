@@ -191,7 +191,7 @@ def of_all_kinds():
 def test_all_kinds_of_sites_are_those_of_neutra():
     guide = fitted(of_all_kinds, num_steps=100)
     ours = draw(guide, num_samples=20)
-    theirs = rn.neutra(guide, num_samples=200, warmup_steps=100, progress=False)
+    theirs = rn.neutra(guide, num_samples=4, warmup_steps=4, progress=False)
     assert {name: values.shape[1:] for name, values in ours.samples.items()} == {
         name: values.shape[1:] for name, values in theirs.samples.items()
     }
@@ -199,8 +199,12 @@ def test_all_kinds_of_sites_are_those_of_neutra():
     assert (ours.samples["below"].abs() < ours.samples["top"][:, None, None]).all()
     tril = ours.samples["tril"]
     torch.testing.assert_close((tril @ tril.mT).diagonal(dim1=1, dim2=2), torch.ones(256 * 20, 2))
-    assert ours.samples["top"].mean() == pytest.approx(theirs.samples["top"].mean().item(), abs=0.15)
-    assert ours.samples["weights"].mean(0)[0] == pytest.approx(theirs.samples["weights"].mean(0)[0].item(), abs=0.06)
+    weighted = rn.diagnose(guide, num_samples=20_000)
+    assert weighted.pareto_k < 0.7 and weighted.effective_sample_size > 5000
+    better = weighted.resample(20_000)
+    for name in ("weights", "tril", "top", "below"):
+        spread = 4 * better[name].std(0) / 5000**0.5
+        assert ((ours.samples[name].mean(0) - better[name].mean(0)).abs() <= spread + 1e-6).all()
     assert math.isfinite(ours.min_ess)  # though entries of the Cholesky factor never vary
 
 
