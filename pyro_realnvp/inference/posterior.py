@@ -112,8 +112,8 @@ class PosteriorSamples:
             ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
             >>> y = torch.randn(5)
             >>> guide = AutoRealNVP(model)
-            >>> history = fit_guide(guide, y, num_steps=20, progress=False)
-            >>> posterior = sample_posterior(guide, y, num_samples=10, progress=False)
+            >>> history = fit_guide(guide, y, num_steps=20, seed=0, progress=False)
+            >>> posterior = sample_posterior(guide, y, num_samples=10, seed=0, progress=False)
             >>> data = posterior.to_arviz(y, log_likelihood=True)
             >>> data.log_likelihood["y"].shape
             (256, 10, 5)
