@@ -195,11 +195,11 @@ class MixtureBase(nn.Module):
         """
         rows = _resampled(x, weights, seed)
         if len(rows) >= _MANY_ROWS:
-            base = cls(x.shape[1], num_components=_num_clusters(rows), context_dim=context_dim).to(x)
-            return base.initialize(x, weights, seed=seed)
-        most = min(_MOST_COMPONENTS, len(rows) // 2)
-        mixtures = [_mixture(rows, num, kind, seed, 1) for num in range(1, most + 1) for kind in ("full", "diag")]
-        best = min(mixtures, key=lambda mixture: mixture.bic(rows))
+            best = _mixture(rows, _num_clusters(rows), "full", seed)
+        else:
+            most = min(_MOST_COMPONENTS, len(rows) // 2)
+            mixtures = [_mixture(rows, num, kind, seed, 1) for num in range(1, most + 1) for kind in ("full", "diag")]
+            best = min(mixtures, key=lambda mixture: mixture.bic(rows))
         full = best.covariance_type == "full"
         base = cls(x.shape[1], num_components=best.n_components, full=full, context_dim=context_dim).to(x)
         return base._start_at(best)

@@ -97,9 +97,8 @@ def plot_latent(
     """
     _check_2d(flow, at_least=True)
     distribution = flow(*_given(context))
-    (bijection,) = distribution.transforms
     with torch.no_grad():
-        latent = bijection.inv(x)[:, :2].cpu()
+        latent = distribution.transform(x)[:, :2].cpu()
     ax = _axes(ax)
     _scatter(ax, latent, color, s=3, alpha=0.6)
     angle = torch.linspace(0, 2 * math.pi, 200)

@@ -54,8 +54,7 @@ def candidates(
 def refit(flow: Flow, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
     """Initializes the mixture of the flow's base, if it has one, from all of these rows."""
     if isinstance(flow.base, MixtureBase):
-        bijection = flow.bijection if context is None else flow.bijection.condition(context)
-        flow.base.initialize(bijection.inv(x), weights)
+        flow.base.initialize(flow(context).transform(x), weights)
 
 
 def _bijection(

@@ -41,6 +41,12 @@ def run_python(*command, **options):
     return done
 
 
+def small_density(**options):
+    """An estimator that fits in a moment."""
+    small = {"num_couplings": 2, "hidden_dims": (8,), "num_steps": 20, "num_components": 1, "random_state": 0}
+    return rn.RealNVPDensity(**small | options)
+
+
 # -- flows -----------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@
 import numpy as np
 import pandas
 import pytest
-from helpers import table
+from helpers import small_density, table
 from scipy import stats
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -18,14 +18,7 @@ X = np.concatenate([CLASSES[0].rvs(600, RNG), CLASSES[1].rvs(200, RNG)])
 
 
 def small(*, priors=None, **options):
-    options = {
-        "num_couplings": 2,
-        "hidden_dims": (8,),
-        "num_steps": 20,
-        "num_components": 1,
-        "random_state": 0,
-    } | options
-    return rn.RealNVPClassifier(rn.RealNVPDensity(**options), priors=priors)
+    return rn.RealNVPClassifier(small_density(**options), priors=priors)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 import numpy as np
 import pandas
 import pytest
+from helpers import small_density
 from scipy import stats
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -15,14 +16,7 @@ X = RNG.normal(size=(500, 2)) @ [[1.0, 0.9], [0.0, 0.3]] + [5.0, -3.0]
 
 
 def small(*, contamination=0.1, **options):
-    options = {
-        "num_couplings": 2,
-        "hidden_dims": (8,),
-        "num_steps": 20,
-        "num_components": 1,
-        "random_state": 0,
-    } | options
-    return rn.RealNVPOutlierDetector(rn.RealNVPDensity(**options), contamination=contamination)
+    return rn.RealNVPOutlierDetector(small_density(**options), contamination=contamination)
 
 
 @pytest.mark.slow

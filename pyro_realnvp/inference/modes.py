@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..bases import MixtureBase
 from ..bijections.bijection import Bijection
-from ..bijections.linear import triangular_root
 from .coordinates import FromRelative
 from .curvature import Surface
 from .density import LogDensity
@@ -60,23 +59,16 @@ def find_modes(density: LogDensity, start: Start, points: Tensor, init_scale: fl
 def _are_apart(surface: Surface, one: Normal, other: Normal) -> bool:
     """Whether two normals are far from each other, with a barrier between them."""
     between = one.loc.lerp(other.loc, torch.linspace(0, 1, _POINTS_BETWEEN).to(one.loc).unsqueeze(-1))
-    direction = other.loc - one.loc
-    distances = [torch.linalg.solve_triangular(_tril(n), direction[:, None], upper=False).norm() for n in (one, other)]
+    trils = torch.stack([one.scale_tril, other.scale_tril])
+    distances = torch.linalg.solve_triangular(trils, (other.loc - one.loc)[:, None], upper=False).norm(dim=(-2, -1))
     log_p = surface(between)
-    return min(distances) > _APART and bool(log_p.min() < torch.minimum(log_p[0], log_p[-1]) - _BARRIER)
-
-
-def _tril(normal: Normal) -> Tensor:
-    """The triangular factor of a normal's covariance."""
-    if isinstance(normal, FullNormal):
-        return normal.scale_tril
-    return triangular_root((normal.draw(torch.eye(len(normal.loc)).to(normal.loc)) - normal.loc).mT)
+    return bool(distances.min() > _APART) and bool(log_p.min() < torch.minimum(log_p[0], log_p[-1]) - _BARRIER)
 
 
 def mixture_of(modes: Modes, full: bool) -> tuple[MixtureBase, Bijection]:
     """A mixture of the normals, and the affine map to it that gives it mean 0 and standard deviation 1."""
     locs = torch.stack([normal.loc for normal in modes.normals])
-    trils = torch.stack([_tril(normal) for normal in modes.normals])
+    trils = torch.stack([normal.scale_tril for normal in modes.normals])
     if not full:
         trils = trils.square().sum(-1).sqrt().diag_embed()
     weights = modes.weights.to(locs)

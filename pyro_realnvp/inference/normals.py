@@ -53,6 +53,11 @@ class LowRankNormal:
     directions: Tensor
     stretches: Tensor
 
+    @property
+    def scale_tril(self) -> Tensor:
+        """The lower triangular factor of the covariance."""
+        return triangular_root((self.draw(torch.eye(len(self.loc)).to(self.loc)) - self.loc).mT)
+
     def draw(self, noise: Tensor) -> Tensor:
         along = noise @ self.directions
         return self.loc + self.scale * (noise + (along * (self.stretches - 1)) @ self.directions.mT)
@@ -72,11 +77,9 @@ class LowRankNormal:
 
     def bijection(self, full: bool) -> LowRankAffine | TriangularAffine:
         """The affine map from standard normal noise to the draws; with a full matrix that is learned if `full`."""
-        dim = len(self.loc)
         if full:
-            root = (self.draw(torch.eye(dim).to(self.loc)) - self.loc).mT
-            return FullNormal(self.loc, triangular_root(root)).bijection(full=True)
-        affine = LowRankAffine(dim, rank=len(self.stretches)).to(self.loc)
+            return FullNormal(self.loc, self.scale_tril).bijection(full=True)
+        affine = LowRankAffine(len(self.loc), rank=len(self.stretches)).to(self.loc)
         return affine.start_at(self.loc, self.scale, self.directions, self.stretches)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -100,26 +101,30 @@ class FlowParticles(Particles):
 
     def __init__(self, guide: GuideBase, density: LogDensity, parameters: list[Tensor]):
         guide.set_coordinates(density)
+        self.has_mixture: bool = not guide.get_base_dist().has_rsample
         super().__init__(guide, density, parameters)
 
     def draw(self, count: int, rows: dict[str, Tensor], path_derivative: bool) -> tuple[Point, Tensor, Tensor | None]:
-        return *self._take(self.guide.get_base_dist().sample((count,)), path_derivative), None
+        base = self.guide.get_base_dist()
+        return *self._take(base, base.sample((count,)), path_derivative), None
 
-    def _take(self, noise: Tensor, path_derivative: bool) -> tuple[Tensor, Tensor]:
+    def _take(self, base: TorchDistribution, noise: Tensor, path_derivative: bool) -> tuple[Tensor, Tensor]:
         """Where the guide takes draws of its base, and log q there."""
         transform = self.guide.own("transform")
         points, ladj = transform.forward_and_ladj(noise)
         if not path_derivative:
-            return points, self.guide.get_base_dist().log_prob(noise) - ladj
+            return points, base.log_prob(noise) - ladj
         with frozen(self.parameters):
-            return points, FlowDistribution(self.guide.get_base_dist(), [transform]).log_prob(points)
+            return points, FlowDistribution(base, [transform]).log_prob(points)
 
-    def _sum_of_losses(self, count, rows, path_derivative):
-        if self.guide.get_base_dist().has_rsample:
+    def _sum_of_losses(self, count: int, rows: dict[str, Tensor], path_derivative: bool) -> Tensor:
+        if not self.has_mixture:
             return super()._sum_of_losses(count, rows, path_derivative)
-        # The base is a mixture, so each of its components draws, and its draws count as much as it weighs.
+        # Each component of the mixture draws, and its draws count as much as it weighs.
         noise, weights = self.guide.own("mixture").rsample_each(count)
-        points, log_q = self._take(noise, path_derivative)
+        with frozen(self.parameters if path_derivative else []):
+            base = self.guide.get_base_dist()
+        points, log_q = self._take(base, noise, path_derivative)
         return (weights * (log_q - self.density(points, rows))).sum()
 
     def values(self, points: Point) -> dict[str, Tensor]:
