@@ -2,6 +2,7 @@
 """Base distributions as modules."""
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,7 @@ from .bijections.inputs import check_context
 
 _MANY_ROWS = 1000
 _MOST_COMPONENTS = 8
+_FILTERS = threading.Lock()  # warnings.catch_warnings changes the filters of all threads
 _MOST_CLUSTERED = 5000  # rows among which clusters are looked for
 _LEAST_CLUSTERED = 0.9
 
@@ -273,7 +275,7 @@ def _resampled(x: Tensor, weights: Tensor | None, seed: int) -> np.ndarray:
 
 
 def _mixture(rows: np.ndarray, num_components: int, kind: str, seed: int, num_starts: int = 3) -> GaussianMixture:
-    with warnings.catch_warnings():
+    with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the flow trains on
         return GaussianMixture(num_components, covariance_type=kind, n_init=num_starts, random_state=seed).fit(rows)
 

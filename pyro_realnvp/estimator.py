@@ -3,7 +3,6 @@
 
 import math
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from .columns import Columns, check_weights, warn_of_ties
 from .distributions import Flow
 from .table_flows import candidates, fading_noise, refit
 from .training.history import History
-from .training.maximum_likelihood import fit
+from .training.maximum_likelihood import fit, start_may_be_best
 
 Seed = int | np.random.RandomState | None
 
@@ -172,9 +171,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 hidden_dims=self.hidden_dims,
             )
         histories = []
-        with warnings.catch_warnings():
-            # A flow starts as a normal or a mixture, and on few rows that may be the best there is.
-            warnings.filterwarnings("ignore", message="the training has raised the held-out loss")
+        with start_may_be_best():  # a flow starts as a normal or a mixture, which few rows may not improve
             for flow in flows:
                 history = fit(
                     flow,

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +29,7 @@ from .rows import Batch
 from .start import start
 
 _WORSE = 0.1  # nats, more than the noise of a held-out part
+_start_may_be_best: ContextVar[bool] = ContextVar("start_may_be_best", default=False)
 
 
 def fit(
@@ -218,7 +220,7 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
     # A start that is as good as the end may be the best there is, as for normal data that are standardized.
     is_worse = history.best_step == 0 and not history.validation_loss[-1] <= history.best_loss + _WORSE
     has_start = math.isfinite(history.best_loss)
-    if is_worse and has_start and history.stopped in ("finished", "early"):
+    if is_worse and has_start and history.stopped in ("finished", "early") and not _start_may_be_best.get():
         warnings.warn(
             f"the training has raised the held-out loss from {history.best_loss:.4g} to "
             f"{history.validation_loss[-1]:.4g}, so the flow keeps the weights it came with: take a lower lr, more "
@@ -226,6 +228,19 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+@contextmanager
+def start_may_be_best() -> Iterator[None]:
+    """Within it, `fit` does not warn if no training has improved the start.
+
+    It is a setting of the thread, since `warnings.catch_warnings` changes the filters of all threads.
+    """
+    token = _start_may_be_best.set(True)
+    try:
+        yield
+    finally:
+        _start_may_be_best.reset(token)
 
 
 def _initialize(flow: nn.Module, batch: Batch) -> None:
