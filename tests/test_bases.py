@@ -82,13 +82,15 @@ def test_fit_leaves_what_was_set():
         base.load_state_dict(rn.MixtureBase(2, num_components=3).start_at(*three_normals()).state_dict())
         return base
 
-    def written():
+    def written(name):
         base = rn.MixtureBase(2, num_components=3)
         with torch.no_grad():
-            base.locs[0, 0] = 0.1
+            getattr(base, name)[0] += 0.1
         return base
 
-    for base in (rn.MixtureBase(2, num_components=3).start_at(*three_normals()), copied(), written()):
+    names = ("logits", "locs", "log_diagonals", "lowers")
+    started = rn.MixtureBase(2, num_components=3).start_at(*three_normals())
+    for base in (started, copied(), *(written(name) for name in names)):
         for one in (base, copy.deepcopy(base)):
             assert not one.needs_data
     assert rn.MixtureBase(2, num_components=3).needs_data
