@@ -64,6 +64,27 @@ def test_initialize_finds_the_mixture(full):
     assert base().component_distribution.loc[:, 0].min() > -1
 
 
+def test_for_rows_chooses_the_number_and_the_kind_of_covariances():
+    """Two normals with equal covariances of correlation 0.9, then with covariances of their own, then diagonal ones."""
+    torch.manual_seed(0)
+    tril = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5]])
+    trils = {
+        "equal": torch.stack([tril, tril]),
+        "full": torch.stack([tril, tril * torch.tensor([[1.0, 0.0], [-1.0, 1.0]])]),
+        "diagonal": torch.stack([torch.tensor([1.0, 0.3]).diag(), torch.tensor([0.3, 1.0]).diag()]),
+    }
+    for kind, scale_trils in trils.items():
+        truth = rn.MixtureBase(2, num_components=2).start_at(
+            torch.tensor([0.4, 0.6]), torch.tensor([[-4.0, 0.0], [4.0, 0.0]]), scale_trils
+        )()
+        base = rn.MixtureBase.for_rows(truth.sample((500,)))
+        assert base.num_components == 2
+        assert (base.lowers is None) == (kind == "diagonal")
+        assert torch.equal(base.start_trils[0], base.start_trils[1]) == (kind == "equal")
+        x = truth.sample((20_000,))
+        assert (truth.log_prob(x) - base().log_prob(x)).mean().abs() < 0.03
+
+
 def test_fit_starts_at_a_mixture_of_the_rows():
     weights, locs, trils = three_normals()
     x = rn.MixtureBase(2, num_components=3).start_at(weights, locs, trils)().sample((2000,))
