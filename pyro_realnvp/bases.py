@@ -20,6 +20,7 @@ from .bijections.inputs import check_context
 
 _MANY_ROWS = 1000
 _MOST_COMPONENTS = 8
+_ROWS_PER_COMPONENT = 10  # with fewer, the criterion prefers normals that collapse to a few rows each
 _FILTERS = threading.Lock()  # warnings.catch_warnings changes the filters of all threads
 _MOST_CLUSTERED = 5000  # rows among which clusters are looked for
 _LEAST_CLUSTERED = 0.9
@@ -200,7 +201,7 @@ class MixtureBase(nn.Module):
         if len(rows) >= _MANY_ROWS:
             best = _mixture(rows, _num_clusters(rows), "full", seed)
         else:
-            most = min(_MOST_COMPONENTS, len(rows) // 2)
+            most = min(_MOST_COMPONENTS, max(1, len(rows) // _ROWS_PER_COMPONENT))
             kinds = [(num, kind) for num in range(1, most + 1) for kind in ("full", "tied", "diag")]
             mixtures = [_mixture(rows, num, kind, seed) for num, kind in kinds]
             best = min(mixtures, key=lambda mixture: mixture.bic(rows))

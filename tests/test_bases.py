@@ -85,6 +85,14 @@ def test_for_rows_chooses_the_number_and_the_kind_of_covariances():
         assert (truth.log_prob(x) - base().log_prob(x)).mean().abs() < 0.03
 
 
+def test_for_rows_takes_few_rows_for_one_normal():
+    """The likelihood of two rows to a normal has no bound."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        assert rn.MixtureBase.for_rows(torch.randn(20, 2)).num_components <= 2
+        assert rn.MixtureBase.for_rows(torch.randn(6, 2)).num_components == 1
+
+
 def test_fit_starts_at_a_mixture_of_the_rows():
     weights, locs, trils = three_normals()
     x = rn.MixtureBase(2, num_components=3).start_at(weights, locs, trils)().sample((2000,))
