@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from importlib.resources import files
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TQDM_MININTERVAL", "3600")  # the gallery shows only the first and last line of a progress bar
@@ -117,5 +118,15 @@ def check_that_every_public_name_is_documented(app, env):
                 logger.warning("%s.%s is public, but no API page documents it", module.__name__, name)
 
 
+def show_the_picture_first(app, page, source):
+    """Puts the first picture that an example draws between its introduction and its code."""
+    picture = Path(app.srcdir, "gallery", "images", f"sphx_glr_{Path(page).name}_001.png")
+    if page.startswith("gallery/") and picture.exists():
+        introduction, code = source[0].split("\n.. GENERATED FROM PYTHON SOURCE LINES", 1)
+        image = f".. image:: images/{picture.name}\n    :alt: What the example draws\n    :class: gallery-picture"
+        source[0] = f"{introduction}\n{image}\n\n.. GENERATED FROM PYTHON SOURCE LINES{code}"
+
+
 def setup(app):
     app.connect("env-check-consistency", check_that_every_public_name_is_documented)
+    app.connect("source-read", show_the_picture_first)

@@ -117,6 +117,14 @@ def test_the_citation_and_the_oldest_versions_are_up_to_date():
     assert f"'torch=={torch}.*' pyro-ppl=={pyro} " in makefile
 
 
+def test_every_benchmark_is_in_the_docs():
+    """The table of commands has one line for each, with a link to its section."""
+    lists = re.findall(r"^NAMES .?= (\[.*\])$", (ROOT / "benchmarks" / "__main__.py").read_text(), re.MULTILINE)
+    names = {name for names in lists for name in re.findall(r'"(\w+)"', names)}
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert names | {"mnist"} == set(re.findall(r"^\| \[`(\w+)`\]\(#", page, re.MULTILINE))
+
+
 PAGES = ["README.md"]
 PAGES += [f"docs/{page}.md" for page in ("installation", "choosing", "troubleshooting", "sampling", "modes")]
 

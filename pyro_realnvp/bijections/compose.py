@@ -36,7 +36,7 @@ class Compose(Bijection):
     take a context all get the same one. ``print(f)`` counts the parts, and ``print(f.parts)`` shows each of them.
 
     Args:
-        parts: the transforms, in the order in which they are applied to x.
+        parts: the transforms, in the order in which they are applied to x, or the ``parts`` of another composition.
         event_shape: the shape of the events that the first part takes, needed only if the parts do not know their
             sizes, as with images. If it has more axes than the events of the parts, one event holds several of theirs,
             and log-determinants are summed over the whole event.
@@ -64,7 +64,7 @@ class Compose(Bijection):
 
     def __init__(
         self,
-        parts: Iterable[Transform],
+        parts: Iterable[Transform] | nn.ModuleList,
         *,
         event_shape: Sequence[int] | None = None,
         allow_unchanged: bool = False,
