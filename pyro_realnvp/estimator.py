@@ -198,9 +198,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         if start is not None and not is_better(flow, start, *apart):
             # The held-out rows do not show that training improves the mixture, which all rows may therefore determine.
             flow, best = start, len(flows) - 1
-            together = (None if a is None else torch.cat([a, b]) for a, b in zip(train, apart))
             with _seeded(random, self.device):
-                refit(flow, *together, num_components=self.num_components, seed=seeds[0])
+                refit(flow, train, apart, num_components=self.num_components, seed=seeds[0])
         self.flow_: Flow = flow.eval()
         self.history_: History = histories[best]
         return self

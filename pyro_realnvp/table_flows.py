@@ -68,9 +68,18 @@ def is_better(flow: Flow, start: Flow, x: Tensor, context: Tensor | None, weight
 
 @torch.no_grad()
 def refit(
-    flow: Flow, x: Tensor, context: Tensor | None, weights: Tensor | None, *, num_components: int | str, seed: int
+    flow: Flow,
+    train: Sequence[Tensor | None],
+    apart: Sequence[Tensor | None],
+    *,
+    num_components: int | str,
+    seed: int,
 ) -> None:
-    """Chooses the mixture of a flow's base anew, if its size is free, and initializes it from all of these rows."""
+    """Chooses the mixture of a flow's base anew, if its size is free, and initializes it from all rows.
+
+    Both tables consist of rows, contexts and weights.
+    """
+    x, context, weights = (None if a is None else torch.cat([a, b]) for a, b in zip(train, apart))
     z = flow(context).transform(x)
     if num_components == "auto":
         flow.base = MixtureBase.for_rows(z, weights, context_dim=flow.base.context_dim, seed=seed)
