@@ -19,7 +19,9 @@ class Coupling(Bijection):
     entry and a network computes its parameters :math:`\theta` from the kept entries (Dinh et al. 2017, section 3.2).
 
     A subclass sets :attr:`outputs_per_entry` and writes g, as :meth:`forward_entries` and :meth:`inverse_entries`. You
-    can then pass the class to ``real_nvp(coupling=)`` and ``image_real_nvp(coupling=)``.
+    can then pass the class to ``real_nvp(coupling=)`` and ``image_real_nvp(coupling=)``. A coupling that mixes the
+    changed entries instead writes :meth:`forward_and_ladj` and :meth:`inverse_and_ladj`, with the help of
+    :meth:`split`, :meth:`read` and the mask's ``join``.
 
     Args:
         mask: the :class:`Mask` that says which entries are kept (b = 1) and which are changed (b = 0).
@@ -87,6 +89,10 @@ class Coupling(Bijection):
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return run_couplings([(self, False)], y, context, forward=False)
+
+    def split(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the kept and the changed entries of x, after its batch shape is broadcast with the context's."""
+        return self.mask.split(broadcast_batch(x, context, self.mask.event_dim))
 
     def read(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
         """Returns the conditioner's output as :attr:`outputs_per_entry` tensors of the shape of the changed entries.

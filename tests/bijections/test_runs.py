@@ -153,19 +153,24 @@ def test_a_change_of_the_structure_is_noticed(change):
         torch.testing.assert_close(got, want)
 
 
-class Own(rn.AffineCoupling):
-    """A coupling that does something of its own to whole events."""
+class Mixing(rn.Coupling):
+    """A coupling that mixes the changed entries: it exchanges them, and shifts them."""
+
+    outputs_per_entry = 1
 
     def forward_and_ladj(self, x, context=None):
-        y, ladj = super().forward_and_ladj(x, context)
-        return y + 1, ladj
+        kept, changed = self.split(x, context)
+        (shift,) = self.read(kept, context)
+        return self.mask.join(kept, changed.flip(-1) + shift), x.new_zeros(x.shape[:-1])
 
     def inverse_and_ladj(self, y, context=None):
-        return super().inverse_and_ladj(y - 1, context)
+        kept, changed = self.split(y, context)
+        (shift,) = self.read(kept, context)
+        return self.mask.join(kept, (changed - shift).flip(-1)), y.new_zeros(y.shape[:-1])
 
 
-def test_a_coupling_that_overrides_a_direction_is_evaluated_by_itself():
-    f, x = perturb(rn.Compose([coupling(0), coupling(1, Own), coupling(0)])), torch.randn(5, 4)
+def test_a_coupling_of_whole_halves_is_evaluated_by_itself():
+    f, x = perturb(rn.Compose([coupling(0), coupling(1, Mixing), coupling(0)])), torch.randn(5, 4)
     assert lengths(f) == [1, None, 1]
     torch.testing.assert_close(f(x), one_by_one(list(f.parts), x)[0])
     torch.testing.assert_close(f.inv(f(x)), x, rtol=1e-4, atol=1e-5)
