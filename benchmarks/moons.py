@@ -92,7 +92,7 @@ def with_fresh_data(truth: Truth, *, batch=512, seed=0) -> list[object]:
             yield ((true_sample(batch) - mean) / std).float()
 
     base = MixtureBase.for_rows(((reference[:NUM_POINTS] - mean) / std).float())
-    flow = Flow(real_nvp(2, hidden_dims=(64, 64)), base=base)
+    flow = Flow(real_nvp(2, hidden_dims=(64, 64), activation=nn.SiLU), base=base)  # Tanh: 0.0087 nats
     history = fit(flow, points(), num_steps=NUM_STEPS, lr=1e-2, seed=seed, progress=False)
     kl = truth.kl(flow, mean, std)
     return [seed, f"{kl:.4f}", *verdict(kl, 0.008), f"{history.seconds:.1f}"]
@@ -102,5 +102,5 @@ def main() -> None:
     truth = Truth()
     with_fit(truth)
     header = ["seed", "KL (nats)", "target", "", "seconds"]
-    title = f"two moons, {NUM_STEPS} steps of 512 fresh points: MixtureBase.for_rows, 16 couplings of 2x64"
+    title = f"two moons, {NUM_STEPS} steps of 512 fresh points: MixtureBase.for_rows, 16 couplings of 2x64, SiLU"
     print_table(title, header, [with_fresh_data(truth, seed=seed) for seed in range(3)])

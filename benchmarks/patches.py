@@ -24,7 +24,7 @@ from pyro_realnvp import (
 
 from .tables import print_table
 
-SIZE, NUM_TRAIN, NUM_TEST, NUM_STEPS = 8, 50_000, 10_000, 1000
+SIZE, NUM_TRAIN, NUM_TEST, NUM_STEPS = 8, 50_000, 10_000, 2000
 
 
 def patches(images: list[np.ndarray], num: int, rng: np.random.RandomState) -> np.ndarray:
@@ -51,12 +51,8 @@ def main() -> None:
     dim, mean, tril = train.shape[1], train.mean(0), torch.linalg.cholesky(train.T.cov())
     normal = torch.distributions.MultivariateNormal(mean, scale_tril=tril)
     rows = [["a normal", "", f"{normal.log_prob(test).mean():.2f}", "", ""]]
-    for coupling, num_couplings in (
-        (AffineCoupling, 8),
-        (AffineCoupling, 16),
-        (SplineCoupling, 4),
-        (SplineCoupling, 8),
-    ):
+    sizes = [(AffineCoupling, 8), (AffineCoupling, 16), (SplineCoupling, 2), (SplineCoupling, 4)]
+    for coupling, num_couplings in sizes:
         torch.manual_seed(0)
         options = {"hidden_dims": (128, 128), "coupling": coupling, "between": InvertibleLinear}
         learned = real_nvp(dim, num_couplings=num_couplings, **options)

@@ -194,13 +194,12 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 )
                 histories.append(history)
         best = min(range(len(flows)), key=lambda k: histories[k].best_loss)
-        flow = flows[best]
-        if start is not None and not is_better(flow, start, *apart):
+        if start is not None and not is_better(flows[best], start, *apart):
             # The held-out rows do not show that training improves the mixture, which all rows may therefore determine.
-            flow, best = start, len(flows) - 1
+            best, flows[-1] = -1, start
             with _seeded(random, self.device):
-                refit(flow, train, apart, num_components=self.num_components, seed=seeds[0])
-        self.flow_: Flow = flow.eval()
+                refit(start, train, apart, num_components=self.num_components, seed=seeds[0])
+        self.flow_: Flow = flows[best].eval()
         self.history_: History = histories[best]
         return self
 
