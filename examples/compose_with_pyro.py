@@ -74,7 +74,7 @@ adam = pyro.optim.ClippedAdam({"lr": 5e-3, "lrd": 0.1 ** (1 / args.num_steps)})
 svi = SVI(model, guide, adam, Trace_ELBO(num_particles=64, vectorize_particles=True))
 losses = [svi.step() for _ in range(args.num_steps)]
 print(f"evidence lower bound: {-sum(losses[-100:]) / len(losses[-100:]):.3f} nats")
-posterior = Predictive(model, guide=guide, num_samples=3000)()
+posterior = Predictive(model, guide=guide, num_samples=3000, parallel=True)()
 
 # %%
 # The pictures show the density of the S, the data beside samples, and the posterior. The line is the ridge of the

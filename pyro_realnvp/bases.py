@@ -20,6 +20,7 @@ from .bijections.inputs import check_context
 
 _MANY_ROWS = 1000
 _MOST_COMPONENTS = 8
+_ROWS_PER_COMPONENT = 10  # with fewer, the criterion prefers normals that collapse to a few rows each
 _FILTERS = threading.Lock()  # warnings.catch_warnings changes the filters of all threads
 _MOST_CLUSTERED = 5000  # rows among which clusters are looked for
 _LEAST_CLUSTERED = 0.9
@@ -144,7 +145,7 @@ class MixtureBase(nn.Module):
     @property
     def needs_data(self) -> bool:
         """Whether :func:`fit` initializes the mixture from its rows: it is new, and nothing of it has been set."""
-        own = (self.logits, self.locs, self.log_diagonals)
+        own = [self.logits, self.locs, self.log_diagonals, *([] if self.lowers is None else [self.lowers])]
         self._started = self._started or any(bool(parameter.any()) for parameter in own)
         return not self._started
 
@@ -184,7 +185,8 @@ class MixtureBase(nn.Module):
 
         A flow of many rows shapes each piece by itself, so there are as many normals as x has separate clusters
         (:class:`sklearn.cluster.HDBSCAN`). From few rows a flow learns little more than what it starts from, so there
-        are as many as the Bayesian information criterion asks for.
+        are as many as the Bayesian information criterion asks for. It also chooses between full covariances, equal
+        ones and diagonal ones.
 
         Args:
             x, weights, seed: as in :meth:`initialize`.
@@ -199,10 +201,11 @@ class MixtureBase(nn.Module):
         if len(rows) >= _MANY_ROWS:
             best = _mixture(rows, _num_clusters(rows), "full", seed)
         else:
-            most = min(_MOST_COMPONENTS, len(rows) // 2)
-            mixtures = [_mixture(rows, num, kind, seed, 1) for num in range(1, most + 1) for kind in ("full", "diag")]
+            most = min(_MOST_COMPONENTS, max(1, len(rows) // _ROWS_PER_COMPONENT))
+            kinds = [(num, kind) for num in range(1, most + 1) for kind in ("full", "tied", "diag")]
+            mixtures = [_mixture(rows, num, kind, seed) for num, kind in kinds]
             best = min(mixtures, key=lambda mixture: mixture.bic(rows))
-        full = best.covariance_type == "full"
+        full = best.covariance_type != "diag"
         base = cls(x.shape[1], num_components=best.n_components, full=full, context_dim=context_dim).to(x)
         return base._start_at(best)
 
@@ -220,6 +223,7 @@ class MixtureBase(nn.Module):
     def _start_at(self, mixture: GaussianMixture) -> "MixtureBase":
         covariances = torch.from_numpy(mixture.covariances_)
         trils = covariances.sqrt().diag_embed() if self.lowers is None else torch.linalg.cholesky(covariances)
+        trils = trils.expand_as(self.start_trils)  # "tied" has one for all components
         return self.start_at(torch.from_numpy(mixture.weights_), torch.from_numpy(mixture.means_), trils)
 
     def rsample_each(self, num: int) -> tuple[Tensor, Tensor]:
@@ -274,10 +278,10 @@ def _resampled(x: Tensor, weights: Tensor | None, seed: int) -> np.ndarray:
     return rows.numpy()
 
 
-def _mixture(rows: np.ndarray, num_components: int, kind: str, seed: int, num_starts: int = 3) -> GaussianMixture:
+def _mixture(rows: np.ndarray, num_components: int, kind: str, seed: int) -> GaussianMixture:
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the flow trains on
-        return GaussianMixture(num_components, covariance_type=kind, n_init=num_starts, random_state=seed).fit(rows)
+        return GaussianMixture(num_components, covariance_type=kind, n_init=3, random_state=seed).fit(rows)
 
 
 def _num_clusters(rows: np.ndarray) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .columns import Columns, check_weights, warn_of_ties
 from .distributions import Flow
-from .table_flows import candidates, fading_noise, refit
+from .table_flows import candidates, fading_noise, is_better, mixture_start, refit
 from .training.history import History
 from .training.maximum_likelihood import fit, start_may_be_best
 
@@ -48,7 +48,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             the rows in each direction; 0 for none.
         num_components: the number of normals in the base, a :class:`MixtureBase` if there are several. ``"auto"``
             trains a flow from one normal and, if :meth:`MixtureBase.for_rows` finds several, one from these, and keeps
-            the one that scores better on the held-out rows.
+            the one that scores better on the held-out rows. Unless it beats the mixture itself there by more than a
+            standard error, the estimator keeps the mixture, which it then chooses and fits anew with all rows.
         num_couplings, hidden_dims: as in :func:`real_nvp`.
         num_steps, batch_size, lr, weight_decay, patience, compile: as in :func:`fit`.
         validation: the fraction of the rows that is held out; 0 for none.
@@ -170,6 +171,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 num_couplings=self.num_couplings,
                 hidden_dims=self.hidden_dims,
             )
+        start = mixture_start(flows) if num_held_out else None
         histories = []
         with start_may_be_best():  # a flow starts as a normal or a mixture, which few rows may not improve
             for flow in flows:
@@ -192,11 +194,13 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 )
                 histories.append(history)
         best = min(range(len(flows)), key=lambda k: histories[k].best_loss)
+        if start is not None and not is_better(flows[best], start, *apart):
+            # The held-out rows do not show that training improves the mixture, which all rows may therefore determine.
+            best, flows[-1] = -1, start
+            with _seeded(random, self.device):
+                refit(start, train, apart, num_components=self.num_components, seed=seeds[0])
         self.flow_: Flow = flows[best].eval()
         self.history_: History = histories[best]
-        if self.history_.best_step == 0 and num_held_out:
-            # No training has improved the mixture, which all rows may therefore determine.
-            refit(self.flow_, *(None if a is None else torch.cat([a, b]) for a, b in zip(train, apart)))
         return self
 
     def score_samples(self, X: ArrayLike, *, context: ArrayLike | None = None) -> np.ndarray:

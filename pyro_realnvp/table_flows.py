@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flows that the estimator trains on a table, and the noise that it adds."""
 
+import copy
 import itertools
+import math
 import numbers
 from collections.abc import Callable, Sequence
 
@@ -50,11 +52,39 @@ def candidates(
     return [Flow(bijection, base=base.initialize(z, weights, seed=seed)).to(x)]
 
 
+def mixture_start(flows: list[Flow]) -> Flow | None:
+    """A copy of the untrained flow that starts as a mixture, if there is one."""
+    return copy.deepcopy(flows[-1]) if isinstance(flows[-1].base, MixtureBase) else None
+
+
 @torch.no_grad()
-def refit(flow: Flow, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
-    """Initializes the mixture of the flow's base, if it has one, from all of these rows."""
-    if isinstance(flow.base, MixtureBase):
-        flow.base.initialize(flow(context).transform(x), weights)
+def is_better(flow: Flow, start: Flow, x: Tensor, context: Tensor | None, weights: Tensor | None) -> bool:
+    """Whether a flow scores rows better than its start does, by more than a standard error of the difference."""
+    gains = flow(context).log_prob(x) - start(context).log_prob(x)
+    gains = gains if weights is None else weights * gains
+    gains = gains[gains.isfinite()]
+    return bool(gains.mean() > gains.std(correction=0) / math.sqrt(len(gains)))
+
+
+@torch.no_grad()
+def refit(
+    flow: Flow,
+    train: Sequence[Tensor | None],
+    apart: Sequence[Tensor | None],
+    *,
+    num_components: int | str,
+    seed: int,
+) -> None:
+    """Chooses the mixture of a flow's base anew, if its size is free, and initializes it from all rows.
+
+    Both tables consist of rows, contexts and weights.
+    """
+    x, context, weights = (None if a is None else torch.cat([a, b]) for a, b in zip(train, apart))
+    z = flow(context).transform(x)
+    if num_components == "auto":
+        flow.base = MixtureBase.for_rows(z, weights, context_dim=flow.base.context_dim, seed=seed)
+    else:
+        flow.base.initialize(z, weights, seed=seed)
 
 
 def _bijection(

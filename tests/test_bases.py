@@ -64,6 +64,35 @@ def test_initialize_finds_the_mixture(full):
     assert base().component_distribution.loc[:, 0].min() > -1
 
 
+def test_for_rows_chooses_the_number_and_the_kind_of_covariances():
+    """Two normals with equal covariances of correlation 0.9, then with covariances of their own, then diagonal ones."""
+    torch.manual_seed(0)
+    tril = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5]])
+    trils = {
+        "equal": torch.stack([tril, tril]),
+        "full": torch.stack([tril, tril * torch.tensor([[1.0, 0.0], [-1.0, 1.0]])]),
+        "diagonal": torch.stack([torch.tensor([1.0, 0.3]).diag(), torch.tensor([0.3, 1.0]).diag()]),
+    }
+    for kind, scale_trils in trils.items():
+        truth = rn.MixtureBase(2, num_components=2).start_at(
+            torch.tensor([0.4, 0.6]), torch.tensor([[-4.0, 0.0], [4.0, 0.0]]), scale_trils
+        )()
+        base = rn.MixtureBase.for_rows(truth.sample((500,)))
+        assert base.num_components == 2
+        assert (base.lowers is None) == (kind == "diagonal")
+        assert torch.equal(base.start_trils[0], base.start_trils[1]) == (kind == "equal")
+        x = truth.sample((20_000,))
+        assert (truth.log_prob(x) - base().log_prob(x)).mean().abs() < 0.03
+
+
+def test_for_rows_takes_few_rows_for_one_normal():
+    """The likelihood of two rows to a normal has no bound."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        assert rn.MixtureBase.for_rows(torch.randn(20, 2)).num_components <= 2
+        assert rn.MixtureBase.for_rows(torch.randn(6, 2)).num_components == 1
+
+
 def test_fit_starts_at_a_mixture_of_the_rows():
     weights, locs, trils = three_normals()
     x = rn.MixtureBase(2, num_components=3).start_at(weights, locs, trils)().sample((2000,))
@@ -82,13 +111,15 @@ def test_fit_leaves_what_was_set():
         base.load_state_dict(rn.MixtureBase(2, num_components=3).start_at(*three_normals()).state_dict())
         return base
 
-    def written():
+    def written(name):
         base = rn.MixtureBase(2, num_components=3)
         with torch.no_grad():
-            base.locs[0, 0] = 0.1
+            getattr(base, name)[0] += 0.1
         return base
 
-    for base in (rn.MixtureBase(2, num_components=3).start_at(*three_normals()), copied(), written()):
+    names = ("logits", "locs", "log_diagonals", "lowers")
+    started = rn.MixtureBase(2, num_components=3).start_at(*three_normals())
+    for base in (started, copied(), *(written(name) for name in names)):
         for one in (base, copy.deepcopy(base)):
             assert not one.needs_data
     assert rn.MixtureBase(2, num_components=3).needs_data

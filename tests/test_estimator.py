@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import pyro_realnvp as rn
+from pyro_realnvp.table_flows import is_better
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(300, 2)) @ [[1.0, 0.8], [0.0, 0.5]] * [1.0, 100.0] + [5.0, -300.0]
@@ -49,6 +50,34 @@ def test_a_gaussian_is_found_in_its_own_units():
     samples = density.sample(5000, random_state=1)
     np.testing.assert_allclose(samples.mean(0), X.mean(0), atol=0.15 * X.std(0).max())
     assert np.corrcoef(samples.T)[0, 1] == pytest.approx(np.corrcoef(X.T)[0, 1], abs=0.1)
+
+
+@pytest.mark.parametrize("num_components", ["auto", 3])
+def test_a_mixture_that_training_does_not_improve_is_fitted_to_all_rows(num_components):
+    """Three normals far apart: the weights are the shares of all rows, not only of those that are not held out."""
+    rng = np.random.default_rng(0)
+    counts = np.array([94, 150, 206])
+    locs = np.repeat([[-9.0, 0.0], [0.0, 9.0], [9.0, 0.0]], counts, axis=0)
+    X = locs + rng.normal(size=locs.shape)
+    density = small(num_components=num_components, lr=1.0).fit(X)  # far too high
+    weights = density.flow_.base().mixture_distribution.probs.detach().sort().values
+    np.testing.assert_allclose(weights, counts / len(X), atol=1e-4)
+    x = locs + rng.normal(size=locs.shape)
+    truth = stats.multivariate_normal.logpdf(x - locs, np.zeros(2)) + np.log(np.repeat(counts, counts) / len(x))
+    assert density.score(x) == pytest.approx(truth.mean(), abs=0.1)
+
+
+def test_better_means_by_more_than_a_standard_error():
+    """The differences of log N(x; 0, 1) and log N(x; 0, s) at x = 1, 0 are log s - (1 - s^-2) / 2 and log s."""
+    x = torch.tensor([[1.0], [0.0]])
+
+    def normal(scale):
+        return rn.Flow(rn.TriangularAffine(1).start_at(torch.zeros(1), torch.tensor([[scale]])))
+
+    # s = 0.5: 0.06 +- 0.53; s = 1: 0 +- 0; s = 1.5: 0.27 +- 0.10
+    assert [is_better(normal(1.0), normal(s), x, None, None) for s in (0.5, 1.0, 1.5)] == [False, False, True]
+    # s = 0.5, where the row that gains counts nine times: 3.3 +- 2.8
+    assert is_better(normal(1.0), normal(0.5), x, None, torch.tensor([9.0, 1.0]))
 
 
 @pytest.mark.slow

@@ -172,7 +172,8 @@ def test_a_log_scale_beyond_the_bound_comes_back():
         return limit
 
     steps_until(1e-4, -math.inf, 3000)  # the best log-scale, -9.2, lies far beyond the bound of 3
-    assert f.log_scale_and_shift(torch.zeros(1, 1), None)[0].item() < -2.5
+    raw, _ = f.read(torch.zeros(1, 1), None)
+    assert f.log_scale(raw).item() < -2.5
     assert steps_until(1.0, 2.95, 3000) < 1500  # a perfect fit scores 2.84
 
 

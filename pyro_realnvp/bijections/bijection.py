@@ -56,7 +56,7 @@ class Bijection(TransformModule):
     """Whether the bijection leaves some entries unchanged, so that a stack needs another one that changes them."""
 
     can_be_recomputed = False
-    """Whether ``Compose(checkpoint=True)`` may evaluate the bijection a second time in the backward pass."""
+    """Whether ``Compose(checkpoint=)`` may evaluate the bijection or its inverse again in the backward pass."""
 
     needs_data = False
     """Whether the next training pass in the data direction initializes the bijection from its batch. If so,
@@ -216,6 +216,10 @@ class Inverse(Bijection):
     @property
     def inv(self) -> Bijection:
         return self.bijection
+
+    @property
+    def can_be_recomputed(self) -> bool:
+        return self.bijection.can_be_recomputed
 
     @property
     def sign(self) -> int | Tensor:

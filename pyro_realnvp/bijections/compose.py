@@ -2,8 +2,12 @@
 """The composition of bijections, including the transforms of Pyro and torch."""
 
 import math
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any
 
 import pyro.distributions.transforms as T
 import torch
@@ -16,7 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from .bijection import Bijection
 from .foreign import Foreign
 from .inputs import check_event_shape
+from .memo import is_eager
+from .recompute import can_be_recomputed, from_output
 from .reshape import Permute
+from .runs import Run, marks, runs
 from .shapes import for_inner_axes, sum_events
 
 
@@ -35,8 +42,11 @@ class Compose(Bijection):
             and log-determinants are summed over the whole event.
         allow_unchanged: whether the stack may leave entries unchanged, like a block that is meant as a part of a larger
             stack.
-        checkpoint: whether the backward pass evaluates each coupling a second time from its input, which saves the
-            memory of the intermediate values (:mod:`torch.utils.checkpoint`).
+        checkpoint: True, and the backward pass evaluates each coupling a second time from its input, which saves the
+            memory of its intermediate values (:mod:`torch.utils.checkpoint`). ``"inverse"``, and it gets that input,
+            too, from the output by the inverse (Gomez et al. 2017), so that the memory does not grow with the number of
+            couplings. The gradients are then exact up to rounding, which the inverse adds up, and there are no second
+            derivatives.
 
     Raises:
         TypeError: a part is not a transform.
@@ -58,8 +68,10 @@ class Compose(Bijection):
         *,
         event_shape: Sequence[int] | None = None,
         allow_unchanged: bool = False,
-        checkpoint: bool = False,
+        checkpoint: bool | str = False,
     ):
+        if checkpoint not in (False, True, "inverse"):
+            raise ValueError(f"expected checkpoint to be True, False or 'inverse'; got {checkpoint!r}")
         parts = [_adopt(part) for part in parts]
         widths = {part.context_dim for part in parts} - {0}
         if len(widths) > 1:
@@ -71,7 +83,7 @@ class Compose(Bijection):
         event_shape = _event_shape(parts, chain.domain.event_dim, event_shape)
         super().__init__(event_shape, context_dim=max(widths, default=0))
         self.parts: nn.ModuleList = nn.ModuleList(parts)
-        self.checkpoint = checkpoint
+        self.checkpoint: bool | str = checkpoint
         more = len(event_shape) - chain.domain.event_dim
         self.domain: constraints.Constraint = _with_axes(chain.domain, more)
         self.codomain: constraints.Constraint = _with_axes(chain.codomain, more)
@@ -82,6 +94,7 @@ class Compose(Bijection):
         for part in parts:
             self._extra_dims.append(event_dim - part.domain.event_dim)
             event_dim += part.codomain.event_dim - part.domain.event_dim
+        self._marks, self._runs = [], []
         if not allow_unchanged:
             self._refuse_unchanged_entries()
 
@@ -90,40 +103,75 @@ class Compose(Bijection):
         return math.prod(part.sign for part in self.parts)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # A number in place of these zeros would make float64 of the tangents of single events (torch.func.jvp).
-        total = x.new_zeros(x.shape[: x.dim() - self.domain.event_dim])
-        for part, extra_dims in zip(self.parts, self._extra_dims):
-            x, ladj = self._run_part(part, part.forward_and_ladj, x, for_inner_axes(context, extra_dims))
-            total = sum_events(ladj, extra_dims) + total
-        return x, total
+        return self._pass(x, context, forward=True)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = y.new_zeros(y.shape[: y.dim() - self.codomain.event_dim])
-        for part, extra_dims in zip(reversed(self.parts), reversed(self._extra_dims)):
-            y, ladj = self._run_part(part, part.inverse_and_ladj, y, for_inner_axes(context, extra_dims))
-            total = sum_events(ladj, extra_dims) + total
-        return y, total
+        return self._pass(y, context, forward=False)
 
-    def _run_part(self, part: Bijection, call: Callable, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        context = context if part.context_dim else None
-        # A second evaluation would, for instance, move the statistics of a normalization twice.
-        if self.checkpoint and part.can_be_recomputed and torch.is_grad_enabled():
-            return checkpoint(call, x, context, use_reentrant=False)
-        return call(x, context)
+    def _pass(self, x: Tensor, context: Tensor | None, *, forward: bool) -> tuple[Tensor, Tensor]:
+        # A number in place of these zeros would make float64 of the tangents of single events (torch.func.jvp).
+        total = x.new_zeros(x.shape[: x.dim() - (self.domain if forward else self.codomain).event_dim])
+        if self.checkpoint == "inverse" and torch.is_grad_enabled() and is_eager(x):
+            return self._pass_from_output(x, context, total, forward)
+        runs = self._current_runs()
+        for k, run in runs if forward else reversed(runs):
+            x, ladj = self._evaluate_part(k, x, context, forward, run=run)
+            total = ladj + total
+        return x, total
+
+    def _pass_from_output(
+        self, x: Tensor, context: Tensor | None, total: Tensor, forward: bool
+    ) -> tuple[Tensor, Tensor]:
+        parts = list(enumerate(self.parts))
+        for again, some in groupby(parts if forward else parts[::-1], lambda part: can_be_recomputed(part[1])):
+            if again:
+                x, ladj = from_output(self._evaluate_part, list(some), x, context, forward=forward)
+                total = ladj + total
+            else:
+                for k, _ in some:
+                    x, ladj = self._evaluate_part(k, x, context, forward)
+                    total = ladj + total
+        return x, total
+
+    def _evaluate_part(
+        self, k: int, x: Tensor, context: Tensor | None, forward: bool, *, run: Run | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Evaluates part k, or the run of couplings that begins with it."""
+        part, extra_dims = self.parts[k], self._extra_dims[k]
+        context = for_inner_axes(context, extra_dims)
+        call = partial(checkpoint, use_reentrant=False) if self.checkpoint is True and torch.is_grad_enabled() else None
+        if run is not None:
+            x, ladj = run.evaluate(x, context, forward=forward, call=call)
+        else:
+            evaluate = part.forward_and_ladj if forward else part.inverse_and_ladj
+            args = x, context if part.context_dim else None
+            # A second evaluation would, for instance, move the statistics of a normalization twice.
+            x, ladj = call(evaluate, *args) if call and part.can_be_recomputed else evaluate(*args)
+        return x, sum_events(ladj, extra_dims)
+
+    def _current_runs(self) -> list[tuple[int, Run | None]]:
+        """Which parts are evaluated together. This is found anew only after a part or a mask has changed."""
+        now = marks(self.parts)
+        if len(now) != len(self._marks) or not all(map(operator.is_, now, self._marks)):
+            self._marks, self._runs = now, runs(self.parts)
+        return self._runs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_marks": [], "_runs": []}
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         shape = check_event_shape(self, shape, self.event_shape)
-        for part in self.parts:
-            shape = part.forward_shape(shape)
+        for k, _ in self._current_runs():  # the first part of a run speaks for all of them
+            shape = self.parts[k].forward_shape(shape)
         return torch.Size(shape)
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        for part in reversed(self.parts):
-            shape = part.inverse_shape(shape)
+        for k, _ in reversed(self._current_runs()):
+            shape = self.parts[k].inverse_shape(shape)
         return check_event_shape(self, shape, self.event_shape)
 
     def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
-        for part in self.parts if forward else reversed(self.parts):
+        for part in self.parts if forward else list(self.parts)[::-1]:
             changed = part.changed_entries(changed, forward=forward)
         return changed
 

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .memo import is_eager
 from .shapes import squeeze
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class MLP(nn.Module):
@@ -73,15 +77,27 @@ class MLP(nn.Module):
         return "residual" * self.residual
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.first(x)
+        h = _linear(self.first, x)
         if context is not None or self.context_dim:
             _check_context(context, self.context_dim)
-            h = h + self.context(context)
+            h = h + _linear(self.context, context)
         activation = self.activation
         for layer in self.hidden:
-            update = layer(activation(h))
+            update = _linear(layer, activation(h))
             h = h + update if self.residual else update
-        return self.last(activation(h))
+        return _linear(self.last, activation(h))
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), for a layer that nothing watches without a module call, which takes a tenth of a small network's time.
+
+    The conditions are those under which :class:`torch.nn.Module` itself calls nothing but `forward`.
+    """
+    state = vars(layer)
+    is_plain = type(layer) is nn.Linear and "forward" not in state and not torch.compiler.is_compiling()
+    if not is_plain or any(state[hooks] for hooks in _HOOKS) or _has_any_global_hook():
+        return layer(x)
+    return F.linear(x, state["_parameters"]["weight"], state["_parameters"]["bias"])
 
 
 class WeightNormConv(nn.Conv2d):

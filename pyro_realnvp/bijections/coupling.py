@@ -3,6 +3,7 @@
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ class Coupling(Bijection):
     r"""The base class of couplings: :math:`y_b = x_b,\quad y_{1-b} = g(x_{1-b};\, \theta(x_b))`, where g acts on each
     entry and a network computes its parameters :math:`\theta` from the kept entries (Dinh et al. 2017, section 3.2).
 
-    A subclass sets :attr:`outputs_per_entry` and writes :meth:`forward_and_ladj` and :meth:`inverse_and_ladj` with
-    the help of :meth:`split`, :meth:`read` and the mask's ``join``. You can then pass the class to
-    ``real_nvp(coupling=)`` and ``image_real_nvp(coupling=)``.
+    A subclass sets :attr:`outputs_per_entry` and writes g, as :meth:`forward_entries` and :meth:`inverse_entries`. You
+    can then pass the class to ``real_nvp(coupling=)`` and ``image_real_nvp(coupling=)``. A coupling that mixes the
+    changed entries instead writes :meth:`forward_and_ladj` and :meth:`inverse_and_ladj`, with the help of
+    :meth:`split`, :meth:`read` and the mask's ``join``.
 
     Args:
         mask: the :class:`Mask` that says which entries are kept (b = 1) and which are changed (b = 0).
@@ -35,14 +37,10 @@ class Coupling(Bijection):
         >>> from pyro_realnvp import MLP, masks
         >>> class Scaling(Coupling):  # y = x exp(s)
         ...     outputs_per_entry = 1
-        ...     def forward_and_ladj(self, x, context=None):
-        ...         kept, changed = self.split(x, context)
-        ...         (s,) = self.read(kept, context)
-        ...         return self.mask.join(kept, changed * s.exp()), s.sum(-1)
-        ...     def inverse_and_ladj(self, y, context=None):
-        ...         kept, changed = self.split(y, context)
-        ...         (s,) = self.read(kept, context)
-        ...         return self.mask.join(kept, changed * (-s).exp()), -s.sum(-1)
+        ...     def forward_entries(self, x, s):
+        ...         return x * s.exp(), s
+        ...     def inverse_entries(self, y, s):
+        ...         return y / s.exp(), s
         >>> Scaling(masks.half(4), MLP(2, 2))(torch.ones(3, 4)).shape
         torch.Size([3, 4])
     """
@@ -66,6 +64,32 @@ class Coupling(Bijection):
         self.mask = mask
         self.conditioner = conditioner
 
+    def forward_entries(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
+        r"""Returns :math:`y = g(x; \theta)` and :math:`\log|g'(x; \theta)|` of each changed entry.
+
+        All tensors have one shape, that of the changed entries. If the coupling preserves volume, it returns None
+        instead of the logarithms.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward_entries")
+
+    def inverse_entries(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
+        r"""Returns :math:`x = g^{-1}(y; \theta)` and :math:`\log|g'(x; \theta)|` of each changed entry, which has the
+        same sign as in the forward direction."""
+        raise NotImplementedError(f"{type(self).__name__} does not define inverse_entries")
+
+    def change(
+        self, kept: Tensor, changed: Tensor, context: Tensor | None, forward: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the changed entries in the given direction and the logarithms of their slopes."""
+        entries = self.forward_entries if forward else self.inverse_entries
+        return entries(changed, *self.read(kept, context))
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return run_couplings([(self, False)], x, context, forward=True)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return run_couplings([(self, False)], y, context, forward=False)
+
     def split(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the kept and the changed entries of x, after its batch shape is broadcast with the context's."""
         return self.mask.split(broadcast_batch(x, context, self.mask.event_dim))
@@ -77,27 +101,26 @@ class Coupling(Bijection):
             ValueError: the conditioner returns an output of another shape.
         """
         mask = self.mask
-        batch_shape = kept.shape[: kept.dim() - mask.event_dim]
-        if mask.event_dim > 1:  # Convolutions take exactly one batch axis.
-            kept = kept.reshape(-1, *kept.shape[kept.dim() - mask.event_dim :])
+        if mask.event_dim == 1:
+            out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
+            expected: Sequence[int] = (mask.num_changed * self.outputs_per_entry,)
+            got = out.shape[-1:]
+        else:  # Convolutions take exactly one batch axis.
+            batch_shape, event_shape = kept.shape[: -mask.event_dim], kept.shape[-mask.event_dim :]
+            kept = kept.reshape(batch_shape.numel(), *event_shape)
             context = None if context is None else context.expand(*batch_shape, -1).reshape(-1, context.shape[-1])
-        out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
-        expected = (mask.num_changed * self.outputs_per_entry,) + kept.shape[kept.dim() - mask.event_dim + 1 :]
-        got = tuple(out.shape[out.dim() - mask.event_dim :])
+            out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
+            expected = (mask.num_changed * self.outputs_per_entry, *event_shape[1:])
+            got = out.shape[1:]
+            out = out.reshape(batch_shape + got)
         if got != expected:
             raise ValueError(
-                f"{type(self).__name__} expected a shape of (..., {', '.join(map(str, expected))}) from its "
-                f"conditioner, {self.outputs_per_entry} for each of the {mask.num_changed} that the mask changes; "
-                f"got (..., {', '.join(map(str, got))})"
+                f"{type(self).__name__} expected a shape of {_tail(expected)} from its conditioner, "
+                f"{self.outputs_per_entry} for each of the {mask.num_changed} that the mask changes; got {_tail(got)}"
             )
-        if mask.event_dim > 1:
-            out = out.reshape(batch_shape + out.shape[1:])
-        # Under autocast the conditioner may return another dtype than the kept entries have.
-        return out.to(kept.dtype).chunk(self.outputs_per_entry, -mask.event_dim)
-
-    def zero_ladj(self, x: Tensor) -> Tensor:
-        """Returns the log-determinant of a map that preserves volume: zeros, shaped like the batch of x."""
-        return x.new_zeros(x.shape[: x.dim() - self.mask.event_dim])
+        if out.dtype != kept.dtype:  # Under autocast the conditioner may return another one.
+            out = out.to(kept.dtype)
+        return out.chunk(self.outputs_per_entry, -mask.event_dim)
 
     def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         kept, others = self.mask.split(changed)
@@ -130,6 +153,55 @@ class Coupling(Bijection):
                 "such as AffineCoupling"
             )
         return given
+
+
+def run_couplings(
+    steps: Sequence[tuple[Coupling, bool]],
+    x: Tensor,
+    context: Tensor | None,
+    *,
+    forward: bool,
+    call: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Applies couplings that split an event alike, which join its halves only after the last.
+
+    Args:
+        steps: the couplings in the order in which they are applied in this direction, each with whether it keeps the
+            entries that the one before it changed.
+        x: the input of the first.
+        context: the context of the couplings that take one.
+        forward: the direction.
+        call: what evaluates each coupling's :meth:`Coupling.change`, such as a checkpoint.
+
+    Returns:
+        The output of the last coupling, and the log-determinant.
+    """
+    first, last = steps[0][0].mask, steps[-1][0].mask
+    event_dim = first.event_dim
+    if any(coupling.context_dim for coupling, _ in steps):
+        x = broadcast_batch(x, context, event_dim)
+    kept, changed = first.split(x)
+    # The logarithms of the slopes are added up entry by entry, and summed over an event only once.
+    of_kept = of_changed = None
+    for coupling, swap in steps:
+        if swap:
+            kept, changed, of_kept, of_changed = changed, kept, of_changed, of_kept
+        args = kept, changed, context if coupling.context_dim else None, forward
+        changed, log_slope = coupling.change(*args) if call is None else call(coupling.change, *args)
+        if log_slope is not None:
+            if log_slope.shape != changed.shape:
+                raise ValueError(
+                    f"{type(coupling).__name__} expected log-slopes of the shape of its changed entries, "
+                    f"{tuple(changed.shape)}; got {tuple(log_slope.shape)}: return one for each entry, not their sum"
+                )
+            of_changed = log_slope if of_changed is None else of_changed + log_slope
+    sums = [sum_events(log_slope, event_dim) for log_slope in (of_kept, of_changed) if log_slope is not None]
+    ladj = sum(sums[1:], sums[0]) if sums else x.new_zeros(x.shape[: x.dim() - event_dim])
+    return last.join(kept, changed), ladj if forward or not sums else -ladj
+
+
+def _tail(shape: Sequence[int]) -> str:
+    return f"(..., {', '.join(map(str, shape))})"
 
 
 def bounded(raw: Tensor, bound: float) -> Tensor:
@@ -185,22 +257,17 @@ class AffineCoupling(Coupling):
     def extra_repr(self) -> str:
         return f"max_log_scale={self.max_log_scale}"
 
-    def log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the log-scale s and the shift t of the changed entries."""
-        raw, shift = self.read(kept, context)
-        return bounded(raw, self.max_log_scale), shift
+    def log_scale(self, raw: Tensor) -> Tensor:
+        """Returns the log-scale s of the changed entries, from the network's raw output r."""
+        return bounded(raw, self.max_log_scale)
 
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, changed = self.split(x, context)
-        log_scale, shift = self.log_scale_and_shift(kept, context)
-        y = self.mask.join(kept, torch.addcmul(shift, changed, log_scale.exp()))
-        return y, sum_events(log_scale, self.mask.event_dim)
+    def forward_entries(self, x: Tensor, raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = self.log_scale(raw)
+        return torch.addcmul(shift, x, log_scale.exp()), log_scale
 
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, changed = self.split(y, context)
-        log_scale, shift = self.log_scale_and_shift(kept, context)
-        x = self.mask.join(kept, (changed - shift) / log_scale.exp())
-        return x, -sum_events(log_scale, self.mask.event_dim)
+    def inverse_entries(self, y: Tensor, raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = self.log_scale(raw)
+        return (y - shift) / log_scale.exp(), log_scale
 
 
 class VolumePreservingCoupling(AffineCoupling):
@@ -217,17 +284,15 @@ class VolumePreservingCoupling(AffineCoupling):
         tensor([0., 0., 0.])
     """
 
-    def log_scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_scale, shift = super().log_scale_and_shift(kept, context)
-        return log_scale - log_scale.mean(tuple(range(-self.mask.event_dim, 0)), keepdim=True), shift
+    def log_scale(self, raw: Tensor) -> Tensor:
+        log_scale = super().log_scale(raw)
+        return log_scale - log_scale.mean(tuple(range(-self.mask.event_dim, 0)), keepdim=True)
 
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, _ = super().forward_and_ladj(x, context)
-        return y, self.zero_ladj(y)
+    def forward_entries(self, x: Tensor, raw: Tensor, shift: Tensor) -> tuple[Tensor, None]:
+        return super().forward_entries(x, raw, shift)[0], None
 
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, _ = super().inverse_and_ladj(y, context)
-        return x, self.zero_ladj(x)
+    def inverse_entries(self, y: Tensor, raw: Tensor, shift: Tensor) -> tuple[Tensor, None]:
+        return super().inverse_entries(y, raw, shift)[0], None
 
 
 class AdditiveCoupling(Coupling):
@@ -251,14 +316,8 @@ class AdditiveCoupling(Coupling):
 
     outputs_per_entry = 1
 
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, changed = self.split(x, context)
-        (shift,) = self.read(kept, context)
-        y = self.mask.join(kept, changed + shift)
-        return y, self.zero_ladj(y)
+    def forward_entries(self, x: Tensor, shift: Tensor) -> tuple[Tensor, None]:
+        return x + shift, None
 
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, changed = self.split(y, context)
-        (shift,) = self.read(kept, context)
-        x = self.mask.join(kept, changed - shift)
-        return x, self.zero_ladj(x)
+    def inverse_entries(self, y: Tensor, shift: Tensor) -> tuple[Tensor, None]:
+        return y - shift, None

@@ -18,6 +18,8 @@ def check_event_shape(bijection: nn.Module, shape: Sequence[int], event_shape: S
     shape = torch.Size(shape)
     event_dim = len(event_shape)
     event = shape[len(shape) - event_dim :] if len(shape) >= event_dim else shape
+    if event == event_shape:
+        return shape
     if len(event) != event_dim or any(want is not None and want != got for want, got in zip(event_shape, event)):
         expected = str(tuple(event_shape)).replace("None", "any size")
         raise ValueError(

@@ -35,6 +35,8 @@ class InvertibleLinear(Bijection):
                 [1., 1., 1.]], grad_fn=<...>)
     """
 
+    can_be_recomputed = True
+
     def __init__(self, input_dim: int, *, permutation: Tensor | None = None, event_dim: int = 1):
         super().__init__(channel_events(input_dim, event_dim))
         self.permute: Permute = Permute(torch.arange(input_dim) if permutation is None else permutation)
@@ -91,6 +93,8 @@ class TriangularAffine(Bijection):
         >>> f(torch.ones(2))
         tensor([15.0000,  1.5000], grad_fn=<...>)
     """
+
+    can_be_recomputed = True
 
     def __init__(self, input_dim: int, *, full: bool = True):
         super().__init__((input_dim,))

@@ -70,6 +70,8 @@ class Mask(Constants):
         b = self.b.cpu()
         self.num_kept: int = int(b.sum())
         self.num_changed: int = int((~b).sum())
+        # The entries in the order of `split`: first the kept, then the changed.
+        self.layout: tuple[int, ...] = tuple(torch.argsort(~b, stable=True).tolist())
         self.kept_first: bool = bool(b[0])
         flips = int((b[1:] != b[:-1]).sum())
         self.is_halves: bool = flips == 1

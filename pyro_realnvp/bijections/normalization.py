@@ -86,6 +86,10 @@ class ActNorm(_Normalization):
     def needs_data(self) -> bool:
         return not self.initialized
 
+    @property
+    def can_be_recomputed(self) -> bool:
+        return self.initialized
+
     @torch.no_grad()
     def initialize(self, x: Tensor) -> "ActNorm":
         """Sets the location and the scale from x and returns the bijection itself.

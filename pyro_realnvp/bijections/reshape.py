@@ -34,6 +34,7 @@ class Permute(Constants, Bijection):
     """
 
     constant = "permutation"
+    can_be_recomputed = True
 
     def __init__(self, permutation: Tensor):
         permutation = torch.as_tensor(permutation)
@@ -45,6 +46,7 @@ class Permute(Constants, Bijection):
 
     def derive(self) -> None:
         self.inverse_permutation: Tensor = self.permutation.argsort()
+        self.layout: tuple[int, ...] = tuple(self.permutation.tolist())
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.index_select(-1, self.permutation), x.new_zeros(x.shape[:-1])
@@ -77,6 +79,8 @@ class Squeeze(Bijection):
         >>> Squeeze()(x)[:, 0, 0]
         tensor([0., 1., 4., 5.])
     """
+
+    can_be_recomputed = True
 
     def __init__(self):
         super().__init__((None, None, None))

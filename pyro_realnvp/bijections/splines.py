@@ -12,7 +12,7 @@ from .bijection import Bijection
 from .conditioners import MLP
 from .coupling import Coupling, bounded
 from .masks import Mask
-from .shapes import broadcast_batch, sum_events
+from .shapes import broadcast_batch
 
 _LEAST_SHARE = 0.1  # of the bins of equal width: no bin becomes narrower
 
@@ -37,7 +37,8 @@ def rational_quadratic(
         inverse: whether to return the inverse of the spline at x.
 
     Returns:
-        y and the logarithm of the slope dy/dx at x, both shaped like x.
+        The value of the spline (or of its inverse), and the logarithm of the slope of the spline there; both shaped
+        like x.
     """
     num_bins = (raw.shape[-1] + 1) // 3
     widths, heights, slopes = raw.split((num_bins, num_bins, num_bins - 1), -1)
@@ -73,7 +74,7 @@ def rational_quadratic(
     log_slope = slope.log() - 2 * denominator.log()
     y = torch.where(is_inside, y.squeeze(-1), x)
     log_slope = torch.where(is_inside, log_slope.squeeze(-1), 0.0)
-    return y, -log_slope if inverse else log_slope
+    return y, log_slope
 
 
 def _knots(raw: Tensor, bound: float) -> Tensor:
@@ -137,17 +138,11 @@ class SplineCoupling(Coupling):
     def extra_repr(self) -> str:
         return f"num_bins={self.num_bins}, bound={self.bound}, max_log_scale={self.max_log_scale}"
 
-    def _spline(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        kept, changed = self.split(x, context)
-        raw = torch.stack(self.read(kept, context), -1)
-        changed, log_slope = rational_quadratic(changed, raw, self.bound, self.max_log_scale, inverse=inverse)
-        return self.mask.join(kept, changed), sum_events(log_slope, self.mask.event_dim)
+    def forward_entries(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return rational_quadratic(x, torch.stack(parameters, -1), self.bound, self.max_log_scale)
 
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._spline(x, context, inverse=False)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._spline(y, context, inverse=True)
+    def inverse_entries(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return rational_quadratic(y, torch.stack(parameters, -1), self.bound, self.max_log_scale, inverse=True)
 
 
 class Spline(Bijection):
@@ -208,7 +203,7 @@ class Spline(Bijection):
         raw = self.raw if context is None else self.conditioner(context).unflatten(-1, (x.shape[-1], -1))
         raw = raw.expand(x.shape + raw.shape[-1:])
         y, log_slope = rational_quadratic(x, raw, self.bound, self.max_log_scale, inverse=inverse)
-        return y, log_slope.sum(-1)
+        return y, -log_slope.sum(-1) if inverse else log_slope.sum(-1)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._spline(x, context, inverse=False)

@@ -35,7 +35,7 @@ def image_real_nvp(
     coupling: type[Coupling] = AffineCoupling,
     conditioner: Callable[..., nn.Module] | None = None,
     between: Callable[[int], Bijection] | None = _act_norm,
-    checkpoint: bool = False,
+    checkpoint: bool | str = False,
 ) -> Bijection:
     r"""The multi-scale RealNVP of images, from base to data (Dinh et al. 2017, sections 3.4 to 3.6). A new flow is the
     identity.
@@ -68,8 +68,9 @@ def image_real_nvp(
         between: a function of the number of channels that makes the bijection before each coupling (from data to
             latent); ``None`` for none. By default it makes an :class:`ActNorm`, which the first training batch
             initializes. For the paper's batch normalization pass ``lambda channels: BatchNorm(channels, event_dim=3)``.
-        checkpoint: whether the backward pass recomputes the inside of each coupling instead of keeping it. This takes
-            far less memory, and about a third more time.
+        checkpoint: True, and the backward pass recomputes the inside of each coupling instead of keeping it. This takes
+            far less memory, and about a third more time. ``"inverse"`` recomputes the couplings' inputs too, see
+            :class:`Compose`.
 
     Raises:
         ValueError: ``image_shape`` is not (C, H, W), height or width do not fit the number of scales, ``num_scales`` is
@@ -116,7 +117,7 @@ def glow(
     max_log_scale: float | None = None,
     coupling: type[Coupling] = AffineCoupling,
     conditioner: Callable[..., nn.Module] | None = None,
-    checkpoint: bool = False,
+    checkpoint: bool | str = False,
 ) -> Bijection:
     r"""A flow with the layers of Glow, from base to data (Kingma & Dhariwal 2018, figure 2). A new flow is the
     identity.
@@ -181,7 +182,7 @@ def _multi_scale(
     shape: torch.Size,
     num_scales: int,
     layers: Callable[[int, int, bool], list[Bijection]],
-    checkpoint: bool,
+    checkpoint: bool | str,
     scale: int = 1,
 ) -> Compose:
     """The flow from data to latent: the layers of each scale, then the rest after half of the entries are factored out.

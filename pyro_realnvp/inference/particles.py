@@ -11,7 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..distributions import FlowDistribution
+from ..bijections.bijection import Bijection
 from .agreement import check
 from .base import GuideBase
 from .density import LogDensity, Pass
@@ -102,6 +102,7 @@ class FlowParticles(Particles):
     def __init__(self, guide: GuideBase, density: LogDensity, parameters: list[Tensor]):
         guide.set_coordinates(density)
         self.has_mixture: bool = not guide.get_base_dist().has_rsample
+        self.transform: Bijection = guide.own("transform")
         super().__init__(guide, density, parameters)
 
     def draw(self, count: int, rows: dict[str, Tensor], path_derivative: bool) -> tuple[Point, Tensor, Tensor | None]:
@@ -110,12 +111,12 @@ class FlowParticles(Particles):
 
     def _take(self, base: TorchDistribution, noise: Tensor, path_derivative: bool) -> tuple[Tensor, Tensor]:
         """Where the guide takes draws of its base, and log q there."""
-        transform = self.guide.own("transform")
-        points, ladj = transform.forward_and_ladj(noise)
+        points, ladj = self.transform.forward_and_ladj(noise)
         if not path_derivative:
             return points, base.log_prob(noise) - ladj
         with frozen(self.parameters):
-            return points, FlowDistribution(base, [transform]).log_prob(points)
+            noise, ladj = self.transform.inverse_and_ladj(points)
+            return points, base.log_prob(noise) + ladj
 
     def _sum_of_losses(self, count: int, rows: dict[str, Tensor], path_derivative: bool) -> Tensor:
         if not self.has_mixture:

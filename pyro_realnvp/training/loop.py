@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import OneCycleLR
 
 from . import distributed
@@ -151,12 +150,13 @@ class Training:
         step_loss = loss()
         self.optimizer.zero_grad()
         step_loss.backward()
-        total_norm = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]).norm()
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        total_norm = torch.cat([grad.flatten() for grad in grads]).norm()
         # The mean is finite only if it is so in all processes, so all of them skip the same steps.
         value, norm = distributed.mean(torch.stack([step_loss.detach(), total_norm])).tolist()
         if math.isfinite(value + norm):
             if norm > self.options.max_grad_norm:
-                clip_grads_with_norm_(self.parameters, self.options.max_grad_norm, total_norm)
+                torch._foreach_mul_(grads, self.options.max_grad_norm / norm)
             self.optimizer.step()
             self.skips_in_a_row = 0
         else:

@@ -90,7 +90,10 @@ def killed_once(folder):
 if __name__ == "__main__":
     folder, which = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
+    # Gloo may hang while it connects both processes. Then the alarm ends this one, and torchrun starts both again.
+    signal.alarm(30)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    signal.alarm(0)
     cases = CASES if which == "all" else {which: lambda: killed_once(folder)}
     results = {name: case() for name, case in cases.items()}
     (folder / f"{which}_{rank()}.json").write_text(json.dumps(results))
