@@ -111,7 +111,7 @@ class Compose(Bijection):
     def _pass(self, x: Tensor, context: Tensor | None, *, forward: bool) -> tuple[Tensor, Tensor]:
         # A number in place of these zeros would make float64 of the tangents of single events (torch.func.jvp).
         total = x.new_zeros(x.shape[: x.dim() - (self.domain if forward else self.codomain).event_dim])
-        if self.checkpoint == "inverse" and torch.is_grad_enabled() and is_eager(x):
+        if self._checkpoints("inverse") and is_eager():
             return self._pass_from_output(x, context, total, forward)
         runs = self._current_runs()
         for k, run in runs if forward else reversed(runs):
@@ -139,7 +139,7 @@ class Compose(Bijection):
         """Evaluates part k, or the run of couplings that begins with it."""
         part, extra_dims = self.parts[k], self._extra_dims[k]
         context = for_inner_axes(context, extra_dims)
-        call = partial(checkpoint, use_reentrant=False) if self.checkpoint is True and torch.is_grad_enabled() else None
+        call = partial(checkpoint, use_reentrant=False) if self._checkpoints(True) else None
         if run is not None:
             x, ladj = run.evaluate(x, context, forward=forward, call=call)
         else:
@@ -148,6 +148,10 @@ class Compose(Bijection):
             # A second evaluation would, for instance, move the statistics of a normalization twice.
             x, ladj = call(evaluate, *args) if call and part.can_be_recomputed else evaluate(*args)
         return x, sum_events(ladj, extra_dims)
+
+    def _checkpoints(self, how: bool | str) -> bool:
+        """Whether this pass is to be checkpointed in the given way, which torch.func cannot do."""
+        return self.checkpoint == how and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
     def _current_runs(self) -> list[tuple[int, Run | None]]:
         """Which parts are evaluated together. This is found anew only after a part or a mask has changed."""

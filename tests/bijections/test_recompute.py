@@ -139,11 +139,15 @@ def test_networks_with_sampled_weights_are_kept():
     assert torch.autograd.grad(f(x).sum(), weight)[0].abs().sum() > 0
 
 
-def test_compiled_code_and_torch_func_keep_everything():
+@pytest.mark.parametrize("checkpoint", [True, "inverse"])
+def test_torch_func_keeps_everything(checkpoint):
     plain, lean = both(vectors)
+    lean.checkpoint = checkpoint
     x = torch.randn(5, dtype=torch.double)
     for got, want in zip(*(torch.func.jvp(f, (x,), (torch.ones_like(x),)) for f in (lean, plain))):
         torch.testing.assert_close(got, want)
+    hessians = (torch.func.hessian(lambda x, f=f: f(x).sin().sum())(x) for f in (lean, plain))
+    torch.testing.assert_close(*hessians)
 
 
 def test_a_flag_that_is_neither():
