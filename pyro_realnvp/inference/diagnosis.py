@@ -48,16 +48,16 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         n = len(self.log_weights)
-        # If the weights are nearly equal, the guide is good, whatever the tail of their small differences is.
-        good = self.pareto_k < 0.5 or self.effective_sample_size > 0.9 * n
-        verdict = "good" if good else "usable, with resample()" if self.pareto_k < 0.7 else "poor"
-        remedy = (
-            ": train longer, add couplings, reparametrize the model, or use sample_posterior()"
-            if verdict == "poor"
-            else ""
-        )
+        if self.pareto_k < 0.5:
+            verdict = "good"
+        elif self.effective_sample_size > 0.9 * n:
+            verdict = "the tail of small differences: good, since all weights are nearly equal"
+        elif self.pareto_k < 0.7:
+            verdict = "usable, with resample()"
+        else:
+            verdict = "poor: train longer, add couplings, reparametrize the model, or use sample_posterior()"
         return (
-            f"pareto k               {self.pareto_k:.2f}, {verdict}{remedy}\n"
+            f"pareto k               {self.pareto_k:.2f}, {verdict}\n"
             f"log evidence           {self.log_evidence:.3f} +- {self.log_evidence_error:.3f} nats\n"
             f"ELBO                   {self.elbo:.3f} nats\n"
             f"effective sample size  {self.effective_sample_size:.0f} of {n}"

@@ -87,3 +87,9 @@ def test_the_evidence_of_models_that_have_a_known_one(model, evidence):
     assert report.log_evidence_error < 0.01
     assert abs(report.log_evidence - evidence) < 4 * report.log_evidence_error + 1e-3
     assert f"log evidence           {report.log_evidence:.3f} +- {report.log_evidence_error:.3f} nats" in str(report)
+
+
+def test_a_heavy_tail_of_small_differences_is_called_good():
+    log_weights = 1e-3 * torch.linspace(1e-3, 1, 4000).pow(-0.8).sort().values
+    report = rn.Diagnosis(1.36, 0.0, 0.0, 0.0, 3990.0, log_weights, {})
+    assert "1.36, the tail of small differences: good" in str(report)
