@@ -97,9 +97,13 @@ def _standardize_rows(flow: Flow, batch: Batch) -> None:
     loc, scale = _location_and_scale(rows)
     layer = _fitted(loc - scale / base_scale * base_loc, scale / base_scale)
     flow.bijection = Compose([learned, layer.inv, *fixed])
+    if any(isinstance(module, Standardize) for part in fixed for module in part.modules()):
+        remedy = "a few extreme rows have set the scale of its own Standardize, so look at them"
+    else:
+        remedy = f"build it as Flow(Compose([bijection, Standardize({dim}).fit(x).inv]))"
     warnings.warn(
-        f"{given}, so the flow now has a layer Standardize({dim}).inv, fitted to the rows: build it as "
-        f"Flow(Compose([bijection, Standardize({dim}).fit(x).inv])), or pass standardize=False",
+        f"{given}, so the flow now has a layer Standardize({dim}).inv, fitted to the rows: {remedy}, or pass "
+        "standardize=False",
         RuntimeWarning,
         stacklevel=5,
     )

@@ -131,3 +131,11 @@ def test_a_resumed_training_gets_the_same_layer(tmp_path):
     with pytest.warns(RuntimeWarning, match=FAR):
         run(flows[1], x, **options)
     torch.testing.assert_close(flows[1].bijection.parts[-1].inv.mean, flows[0].bijection.parts[-1].inv.mean)
+
+
+def test_extreme_rows_that_have_set_the_scale_of_the_flows_own_standardization_are_named():
+    x = torch.randn(2000, 2)
+    x[:5] *= 1e4
+    flow = rn.Flow(rn.Compose([rn.real_nvp(2, num_couplings=2), rn.Standardize(2).fit(x).inv]))
+    with pytest.warns(RuntimeWarning, match="a few extreme rows have set the scale of its own Standardize"):
+        rn.fit(flow, x, num_steps=2, validation=0, progress=False)
