@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import pyro_realnvp as rn
-from pyro_realnvp.table_flows import is_better
+from pyro_realnvp.table_flows import is_better, refit
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(300, 2)) @ [[1.0, 0.8], [0.0, 0.5]] * [1.0, 100.0] + [5.0, -300.0]
@@ -78,6 +78,37 @@ def test_better_means_by_more_than_a_standard_error():
     assert [is_better(normal(1.0), normal(s), x, None, None) for s in (0.5, 1.0, 1.5)] == [False, False, True]
     # s = 0.5, where the row that gains counts nine times: 3.3 +- 2.8
     assert is_better(normal(1.0), normal(0.5), x, None, torch.tensor([9.0, 1.0]))
+
+
+@pytest.mark.parametrize("num_components, expected", [("auto", 2), (3, 3)])
+def test_the_mixture_is_fitted_to_all_rows_in_the_coordinates_of_the_base(num_components, expected):
+    """The rows to train on are one cluster, and those apart are the other, with a third of the rows."""
+    torch.manual_seed(0)
+    train, apart = 10 + 2 * (torch.randn(200, 2) - 8), 10 + 2 * (torch.randn(100, 2) + 8)
+    to_data = rn.Standardize(2)
+    to_data.mean.fill_(10.0)
+    to_data.std.fill_(2.0)
+    flow = rn.Flow(to_data.inv, base=rn.MixtureBase(2, num_components=3))
+    refit(flow, (train, None, None), (apart, None, None), num_components=num_components, seed=0)
+    base = flow.base()
+    locs, probs = base.component_distribution.loc, base.mixture_distribution.probs
+    assert len(locs) == expected and not flow.base.needs_data
+    is_first = locs[:, 0] < 0
+    torch.testing.assert_close(locs[is_first].sign().unique(), torch.tensor([-1.0]))
+    assert probs[is_first].sum().item() == pytest.approx(2 / 3, abs=1e-3)
+    mean = (probs[:, None] * locs).sum(0)
+    torch.testing.assert_close(mean, (torch.cat([train, apart]).mean(0) - 10) / 2, rtol=0, atol=1e-3)
+
+
+def test_the_weights_of_rows_count_where_the_mixture_is_fitted_to_all_of_them():
+    torch.manual_seed(0)
+    rows = torch.cat([torch.randn(200, 2) - 8, torch.randn(200, 2) + 8])
+    weights = torch.cat([torch.full((200,), 3.0), torch.ones(200)])
+    flow = rn.Flow(rn.Standardize(2), base=rn.MixtureBase(2, num_components=2))
+    refit(flow, (rows[::2], None, weights[::2]), (rows[1::2], None, weights[1::2]), num_components="auto", seed=0)
+    base = flow.base()
+    first = base.mixture_distribution.probs[base.component_distribution.loc[:, 0] < 0].sum().item()
+    assert first == pytest.approx(0.75, abs=0.06)  # 400 rows drawn by their weights: a deviation of 0.02
 
 
 @pytest.mark.slow
