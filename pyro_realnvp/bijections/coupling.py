@@ -85,10 +85,10 @@ class Coupling(Bijection):
         return entries(changed, *self.read(kept, context))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return run_couplings([(self, False)], x, context, forward=True)
+        return run_couplings([(self, False, context)], x, forward=True)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return run_couplings([(self, False)], y, context, forward=False)
+        return run_couplings([(self, False, context)], y, forward=False)
 
     def split(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the kept and the changed entries of x, after its batch shape is broadcast with the context's."""
@@ -156,9 +156,8 @@ class Coupling(Bijection):
 
 
 def run_couplings(
-    steps: Sequence[tuple[Coupling, bool]],
+    steps: Sequence[tuple[Coupling, bool, Tensor | None]],
     x: Tensor,
-    context: Tensor | None,
     *,
     forward: bool,
     call: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
@@ -167,9 +166,8 @@ def run_couplings(
 
     Args:
         steps: the couplings in the order in which they are applied in this direction, each with whether it keeps the
-            entries that the one before it changed.
+            entries that the one before it changed, and with its context.
         x: the input of the first.
-        context: the context of the couplings that take one.
         forward: the direction.
         call: what evaluates each coupling's :meth:`Coupling.change`, such as a checkpoint.
 
@@ -178,15 +176,15 @@ def run_couplings(
     """
     first, last = steps[0][0].mask, steps[-1][0].mask
     event_dim = first.event_dim
-    if any(coupling.context_dim for coupling, _ in steps):
+    for _, _, context in steps:
         x = broadcast_batch(x, context, event_dim)
     kept, changed = first.split(x)
     # The logarithms of the slopes are added up entry by entry, and summed over an event only once.
     of_kept = of_changed = None
-    for coupling, swap in steps:
+    for coupling, swap, context in steps:
         if swap:
             kept, changed, of_kept, of_changed = changed, kept, of_changed, of_kept
-        args = kept, changed, context if coupling.context_dim else None, forward
+        args = kept, changed, context, forward
         changed, log_slope = coupling.change(*args) if call is None else call(coupling.change, *args)
         if log_slope is not None:
             if log_slope.shape != changed.shape:

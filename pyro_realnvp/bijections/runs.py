@@ -24,7 +24,8 @@ class Run(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         swaps = self.swaps if forward else [False, *reversed(self.swaps[1:])]
         couplings = self.couplings if forward else reversed(self.couplings)
-        return run_couplings(list(zip(couplings, swaps)), x, context, forward=forward, call=call)
+        steps = [(one, swap, context if one.context_dim else None) for one, swap in zip(couplings, swaps)]
+        return run_couplings(steps, x, forward=forward, call=call)
 
 
 def runs(parts: Sequence[Bijection]) -> list[tuple[int, Run | None]]:

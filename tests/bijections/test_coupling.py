@@ -53,6 +53,13 @@ def test_volume_preserving_log_scales_sum_to_zero():
     assert shift[0].tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
+@pytest.mark.parametrize("direction", ["forward_and_ladj", "inverse_and_ladj"])
+def test_a_context_that_the_coupling_does_not_take_is_refused(direction):
+    f, context = rn.AffineCoupling(masks.half(4), rn.MLP(2, 4)), torch.zeros(3, 2)
+    with pytest.raises(ValueError, match=r"expected no context; got one of shape \(3, 2\)"):
+        getattr(f, direction)(torch.zeros(3, 4), context)
+
+
 def test_additive_shifts():
     f = rn.AdditiveCoupling(masks.half(4), Given([1.0, -2.0]))
     assert f(torch.zeros(4)).tolist() == [0, 0, 1, -2]
