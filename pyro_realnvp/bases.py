@@ -145,8 +145,7 @@ class MixtureBase(nn.Module):
     @property
     def needs_data(self) -> bool:
         """Whether :func:`fit` initializes the mixture from its rows: it is new, and nothing of it has been set."""
-        own = [self.logits, self.locs, self.log_diagonals, *([] if self.lowers is None else [self.lowers])]
-        self._started = self._started or any(bool(parameter.any()) for parameter in own)
+        self._started = self._started or any(bool(own.any()) for own in self.parameters(recurse=False))
         return not self._started
 
     @torch.no_grad()

@@ -50,6 +50,21 @@ def small_density(**options):
 # -- flows -----------------------------------------------------------------------------------------------------------
 
 
+def saved_bytes(call, without=()):
+    """What the call returns, and the bytes that autograd keeps for its backward pass, some tensors left out."""
+    left_out = {t.untyped_storage().data_ptr() for t in without}
+    # The tensors are kept alive, since the address of a freed one could be used again and would be counted once.
+    held = {}
+
+    def pack(t):
+        held[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = call()
+    return output, sum(t.untyped_storage().nbytes() for address, t in held.items() if address not in left_out)
+
+
 def perturb(f, scale=0.2):
     """Moves every parameter away from its initial value, at which all flows are the identity."""
     with torch.no_grad():

@@ -137,12 +137,13 @@ class Compose(Bijection):
         self, k: int, x: Tensor, context: Tensor | None, forward: bool, *, run: Run | None = None
     ) -> tuple[Tensor, Tensor]:
         """Evaluates part k, or the run of couplings that begins with it."""
-        part, extra_dims = self.parts[k], self._extra_dims[k]
+        extra_dims = self._extra_dims[k]
         context = for_inner_axes(context, extra_dims)
         call = partial(checkpoint, use_reentrant=False) if self._checkpoints(True) else None
         if run is not None:
             x, ladj = run.evaluate(x, context, forward=forward, call=call)
         else:
+            part = self.parts[k]
             evaluate = part.forward_and_ladj if forward else part.inverse_and_ladj
             args = x, context if part.context_dim else None
             # A second evaluation would, for instance, move the statistics of a normalization twice.
@@ -175,7 +176,7 @@ class Compose(Bijection):
         return check_event_shape(self, shape, self.event_shape)
 
     def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
-        for part in self.parts if forward else list(self.parts)[::-1]:
+        for part in self.parts if forward else reversed(self.parts):
             changed = part.changed_entries(changed, forward=forward)
         return changed
 

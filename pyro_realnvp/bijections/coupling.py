@@ -101,23 +101,19 @@ class Coupling(Bijection):
             ValueError: the conditioner returns an output of another shape.
         """
         mask = self.mask
-        if mask.event_dim == 1:
-            out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
-            expected: Sequence[int] = (mask.num_changed * self.outputs_per_entry,)
-            got = out.shape[-1:]
-        else:  # Convolutions take exactly one batch axis.
-            batch_shape, event_shape = kept.shape[: -mask.event_dim], kept.shape[-mask.event_dim :]
+        batch_shape, event_shape = kept.shape[: -mask.event_dim], kept.shape[-mask.event_dim :]
+        if mask.event_dim > 1:  # Convolutions take exactly one batch axis.
             kept = kept.reshape(batch_shape.numel(), *event_shape)
             context = None if context is None else context.expand(*batch_shape, -1).reshape(-1, context.shape[-1])
-            out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
-            expected = (mask.num_changed * self.outputs_per_entry, *event_shape[1:])
-            got = out.shape[1:]
-            out = out.reshape(batch_shape + got)
+        out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
+        expected, got = (mask.num_changed * self.outputs_per_entry, *event_shape[1:]), out.shape[-mask.event_dim :]
         if got != expected:
             raise ValueError(
                 f"{type(self).__name__} expected a shape of {_tail(expected)} from its conditioner, "
                 f"{self.outputs_per_entry} for each of the {mask.num_changed} that the mask changes; got {_tail(got)}"
             )
+        if mask.event_dim > 1:
+            out = out.reshape(batch_shape + got)
         if out.dtype != kept.dtype:  # Under autocast the conditioner may return another one.
             out = out.to(kept.dtype)
         return out.chunk(self.outputs_per_entry, -mask.event_dim)

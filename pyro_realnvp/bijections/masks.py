@@ -71,7 +71,8 @@ class Mask(Constants):
         self.num_kept: int = int(b.sum())
         self.num_changed: int = int((~b).sum())
         # The entries in the order of `split`: first the kept, then the changed.
-        self.layout: tuple[int, ...] = tuple(torch.argsort(~b, stable=True).tolist())
+        order = torch.argsort(~b, stable=True)
+        self.layout: tuple[int, ...] = tuple(order.tolist())
         self.kept_first: bool = bool(b[0])
         flips = int((b[1:] != b[:-1]).sum())
         self.is_halves: bool = flips == 1
@@ -82,7 +83,7 @@ class Mask(Constants):
         if self.is_halves or self.is_interleaved:
             self.order = self.inverse_order = None
         else:
-            self.order: Tensor | None = torch.argsort(~self.b, stable=True)
+            self.order: Tensor | None = order.to(self.b.device)
             self.inverse_order: Tensor | None = torch.argsort(self.order)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:

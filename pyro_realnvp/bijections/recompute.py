@@ -28,7 +28,7 @@ def from_output(
     forward: bool,
 ) -> tuple[Tensor, Tensor]:
     """Applies the parts to x (Gomez et al. 2017, section 3.3), and returns the output and the log-determinant."""
-    parameters = [p for _, part in parts for p in _trained(part)]
+    parameters = _trained(*(part for _, part in parts))
     return _FromOutput.apply(evaluate, parts, forward, x, context, *parameters)
 
 
@@ -52,7 +52,7 @@ class _FromOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
         (evaluate, parts, forward), (y, context, *parameters) = ctx.call, ctx.saved_tensors
-        now = [p for _, part in parts for p in _trained(part)]
+        now = _trained(*(part for _, part in parts))
         if [p.data_ptr() for p in now] != [p.data_ptr() for p in parameters]:
             raise RuntimeError(
                 "expected the parameters of the forward pass in the backward pass; got others: take checkpoint=True "
@@ -84,8 +84,8 @@ class _FromOutput(torch.autograd.Function):
         return None, None, None, grad_y, grad_context, *found
 
 
-def _trained(part: nn.Module) -> list[Tensor]:
-    return [p for p in part.parameters() if p.requires_grad]
+def _trained(*parts: nn.Module) -> list[Tensor]:
+    return [p for part in parts for p in part.parameters() if p.requires_grad]
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from helpers import perturb, table
+from helpers import perturb, saved_bytes, table
 from torch import nn
 
 import pyro_realnvp as rn
@@ -60,18 +60,6 @@ def test_latent_scales(make):
             p.add_(0.1)
         after = f.inv(x)
     assert torch.equal((after != before), scales > 1)
-
-
-def saved_bytes(call):
-    held = {}
-
-    def pack(t):
-        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = call()
-    return loss, sum(held.values())
 
 
 def test_checkpointing_gives_the_same_gradients_for_less_memory():
