@@ -152,14 +152,14 @@ def compare_checkpoints(make: Callable[[bool | str], Bijection], x: Tensor) -> N
     largest = max(float(p.grad.abs().max()) for p in plain.parameters())
     sizes = {name: held_for_backward(flow, x) for name, flow in flows.items()}
     rows = []
-    for name, flow in flows.items():
+    for (name, flow), target in zip(flows.items(), (None, 0.25, 0.25)):
         pairs = zip(plain.parameters(), flow.parameters())
         difference = max(float((p.grad - q.grad).abs().max()) for p, q in pairs) / largest
         share, slower = sizes[name] / sizes[first], ratio(times[name], times[first])
         milliseconds = f"{statistics.median(times[name]):.0f}"
-        rows.append([name, f"{sizes[name] / 2**20:.1f}", f"{share:.3f}", milliseconds, f"{slower:.2f}"])
-        rows[-1].append(f"{difference:.1e}")
-    header = ["", "MiB held", "/ without", "ms", "/ without", "error of the gradients"]
+        rows.append([name, f"{sizes[name] / 2**20:.1f}", f"{share:.3f}", *verdict(share, target), milliseconds])
+        rows[-1] += [f"{slower:.2f}", f"{difference:.1e}"]
+    header = ["", "MiB held", "/ without", "target", "", "ms", "/ without", "error of the gradients"]
     couplings = sum(isinstance(module, Coupling) for module in plain.modules())
     print_table(f"forward and backward of {couplings} couplings, batch {tuple(x.shape)}", header, rows)
 
