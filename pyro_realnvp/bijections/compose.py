@@ -23,7 +23,7 @@ from .inputs import check_event_shape
 from .memo import is_eager
 from .recompute import can_be_recomputed, from_output
 from .reshape import Permute
-from .runs import Run, marks, runs
+from .runs import Run, marks, runs, shape_checkers
 from .shapes import for_inner_axes, sum_events
 
 
@@ -109,29 +109,31 @@ class Compose(Bijection):
         return self._pass(y, context, forward=False)
 
     def _pass(self, x: Tensor, context: Tensor | None, *, forward: bool) -> tuple[Tensor, Tensor]:
-        # A number in place of these zeros would make float64 of the tangents of single events (torch.func.jvp).
-        total = x.new_zeros(x.shape[: x.dim() - (self.domain if forward else self.codomain).event_dim])
         if self._checkpoints("inverse") and is_eager():
-            return self._pass_from_output(x, context, total, forward)
-        runs = self._current_runs()
+            return self._pass_from_output(x, context, forward)
+        runs, ladjs = self._current_runs(), []
         for k, run in runs if forward else reversed(runs):
             x, ladj = self._evaluate_part(k, x, context, forward, run=run)
-            total = ladj + total
-        return x, total
+            ladjs.append(ladj)
+        return x, self._total(ladjs, x, forward)
 
-    def _pass_from_output(
-        self, x: Tensor, context: Tensor | None, total: Tensor, forward: bool
-    ) -> tuple[Tensor, Tensor]:
-        parts = list(enumerate(self.parts))
+    def _pass_from_output(self, x: Tensor, context: Tensor | None, forward: bool) -> tuple[Tensor, Tensor]:
+        parts, ladjs = list(enumerate(self.parts)), []
         for again, some in groupby(parts if forward else parts[::-1], lambda part: can_be_recomputed(part[1])):
             if again:
                 x, ladj = from_output(self._evaluate_part, list(some), x, context, forward=forward)
-                total = ladj + total
+                ladjs.append(ladj)
             else:
                 for k, _ in some:
                     x, ladj = self._evaluate_part(k, x, context, forward)
-                    total = ladj + total
-        return x, total
+                    ladjs.append(ladj)
+        return x, self._total(ladjs, x, forward)
+
+    def _total(self, ladjs: list[Tensor], y: Tensor, forward: bool) -> Tensor:
+        """The sum of log-determinants, which for a composition of nothing is zero at each output y."""
+        if not ladjs:
+            return y.new_zeros(y.shape[: y.dim() - (self.codomain if forward else self.domain).event_dim])
+        return sum(ladjs[1:], ladjs[0])
 
     def _evaluate_part(
         self, k: int, x: Tensor, context: Tensor | None, forward: bool, *, run: Run | None = None
@@ -166,13 +168,13 @@ class Compose(Bijection):
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         shape = check_event_shape(self, shape, self.event_shape)
-        for k, _ in self._current_runs():  # the first part of a run speaks for all of them
-            shape = self.parts[k].forward_shape(shape)
+        for part in shape_checkers(self.parts):
+            shape = part.forward_shape(shape)
         return torch.Size(shape)
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        for k, _ in reversed(self._current_runs()):
-            shape = self.parts[k].inverse_shape(shape)
+        for part in reversed(shape_checkers(self.parts)):
+            shape = part.inverse_shape(shape)
         return check_event_shape(self, shape, self.event_shape)
 
     def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:

@@ -13,8 +13,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from .memo import is_eager
 from .shapes import squeeze
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
 
 class MLP(nn.Module):
     r"""A perceptron :math:`h_0 = W_0 x + V c,\ h_{l+1} = W_{l+1}\,\sigma(h_l)`, whose output is zero at first.
@@ -77,27 +75,38 @@ class MLP(nn.Module):
         return "residual" * self.residual
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = _linear(self.first, x)
+        layers = self._modules  # `self.first` takes a fifth of the time of a small activation
+        activation = layers["activation"]
+        h = _apply(layers["first"], x)
         if context is not None or self.context_dim:
             _check_context(context, self.context_dim)
-            h = h + _linear(self.context, context)
-        activation = self.activation
-        for layer in self.hidden:
-            update = _linear(layer, activation(h))
+            h = h + _apply(layers["context"], context)
+        for layer in layers["hidden"]:
+            update = _apply(layer, _apply(activation, h))
             h = h + update if self.residual else update
-        return _linear(self.last, activation(h))
+        return _apply(layers["last"], _apply(activation, h))
 
 
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), for a layer that nothing watches without a module call, which takes a tenth of a small network's time.
+def _apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), without a module call if nothing watches the layer: the calls take a fifth of a small network's time.
 
     The conditions are those under which :class:`torch.nn.Module` itself calls nothing but `forward`.
     """
     state = vars(layer)
-    is_plain = type(layer) is nn.Linear and "forward" not in state and not torch.compiler.is_compiling()
-    if not is_plain or any(state[hooks] for hooks in _HOOKS) or _has_any_global_hook():
+    if (
+        torch.compiler.is_compiling()
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or _has_any_global_hook()
+        or "_compiled_call_impl" in state
+        or type(layer).__call__ is not nn.Module.__call__
+    ):
         return layer(x)
-    return F.linear(x, state["_parameters"]["weight"], state["_parameters"]["bias"])
+    if type(layer) is nn.Linear and "forward" not in state:
+        return F.linear(x, state["_parameters"]["weight"], state["_parameters"]["bias"])
+    return layer.forward(x)
 
 
 class WeightNormConv(nn.Conv2d):

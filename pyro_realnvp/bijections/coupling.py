@@ -100,23 +100,24 @@ class Coupling(Bijection):
         Raises:
             ValueError: the conditioner returns an output of another shape.
         """
-        mask = self.mask
-        batch_shape, event_shape = kept.shape[: -mask.event_dim], kept.shape[-mask.event_dim :]
-        if mask.event_dim > 1:  # Convolutions take exactly one batch axis.
+        mask, conditioner = self._modules["mask"], self._modules["conditioner"]  # a third of the time of `self.mask`
+        event_dim = mask.event_dim
+        batch_shape, event_shape = kept.shape[:-event_dim], kept.shape[-event_dim:]
+        if event_dim > 1:  # Convolutions take exactly one batch axis.
             kept = kept.reshape(batch_shape.numel(), *event_shape)
             context = None if context is None else context.expand(*batch_shape, -1).reshape(-1, context.shape[-1])
-        out = self.conditioner(kept) if context is None else self.conditioner(kept, context)
-        expected, got = (mask.num_changed * self.outputs_per_entry, *event_shape[1:]), out.shape[-mask.event_dim :]
+        out = conditioner(kept) if context is None else conditioner(kept, context)
+        expected, got = (mask.num_changed * self.outputs_per_entry, *event_shape[1:]), out.shape[-event_dim:]
         if got != expected:
             raise ValueError(
                 f"{type(self).__name__} expected a shape of {_tail(expected)} from its conditioner, "
                 f"{self.outputs_per_entry} for each of the {mask.num_changed} that the mask changes; got {_tail(got)}"
             )
-        if mask.event_dim > 1:
+        if event_dim > 1:
             out = out.reshape(batch_shape + got)
         if out.dtype != kept.dtype:  # Under autocast the conditioner may return another one.
             out = out.to(kept.dtype)
-        return out.chunk(self.outputs_per_entry, -mask.event_dim)
+        return out.chunk(self.outputs_per_entry, -event_dim)
 
     def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
         kept, others = self.mask.split(changed)

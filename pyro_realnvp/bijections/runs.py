@@ -52,6 +52,18 @@ def marks(parts: Sequence[Bijection]) -> list:
     return found
 
 
+def shape_checkers(parts: Sequence[Bijection]) -> list[Bijection]:
+    """The parts that have to check a shape: of couplings next to each other, which keep it, the first is enough."""
+    found: list[Bijection] = []
+    after_coupling = False
+    for part in parts:
+        is_coupling = isinstance(part, Coupling)
+        if not (is_coupling and after_coupling):
+            found.append(part)
+        after_coupling = is_coupling
+    return found
+
+
 def _run_from(parts: Sequence[Bijection], start: int) -> tuple[Run | None, int]:
     """The run that begins with the part `start`, None if that part is no coupling, and the index of what follows."""
     if not _hands_on(parts[start]):
