@@ -7,7 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
@@ -23,6 +23,23 @@ class FlowDistribution(dist.TransformedDistribution):
     All else (``sample``, ``rsample``, ``expand``, ``support``) is as in
     :class:`~pyro.distributions.TransformedDistribution`.
     """
+
+    def __init__(
+        self, base_distribution: dist.Distribution, transforms: Sequence[Bijection], validate_args: bool | None = None
+    ):
+        # Torch's own composes any number of transforms, asks for each shape twice, and takes three times as long.
+        (transform,) = transforms
+        missing = transform.domain.event_dim - len(base_distribution.event_shape)
+        if missing > 0:
+            base_distribution = dist.Independent(base_distribution, missing)
+        shape = transform.forward_shape(base_distribution.batch_shape + base_distribution.event_shape)
+        event_dim = len(base_distribution.event_shape) + transform.codomain.event_dim - transform.domain.event_dim
+        batch_shape = shape[: len(shape) - event_dim]
+        if batch_shape != base_distribution.batch_shape:
+            base_distribution = base_distribution.expand(batch_shape)
+        self.base_dist = base_distribution
+        self.transforms = [transform]
+        Distribution.__init__(self, batch_shape, shape[len(shape) - event_dim :], validate_args)
 
     @property
     def transform(self) -> Bijection:
@@ -75,6 +92,10 @@ class FlowDistribution(dist.TransformedDistribution):
         x = self.base_dist.rsample(_shape(sample_shape))
         y, ladj = transform._evaluate(x, forward=True, remember=False)
         return y, self.base_dist.log_prob(x) - self._sum(ladj)
+
+    def expand(self, batch_shape: Sequence[int], _instance: dist.Distribution | None = None) -> "FlowDistribution":
+        # Without an instance, torch refuses a class that has an __init__ of its own.
+        return super().expand(torch.Size(batch_shape), _instance or type(self).__new__(type(self)))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().sample(_shape(sample_shape))
@@ -220,9 +241,6 @@ class Flow(nn.Module):
                 raise ValueError("expected a base with a mean, about which temperature scales it: use temperature=1")
             scale = dist.transforms.AffineTransform((1 - temperature) * base.mean, temperature, len(base.event_shape))
             base = dist.TransformedDistribution(base, [scale], validate_args=False)
-        if context is not None and context.dim() > 1:
-            # Torch would compare shapes of different lengths, and an exported graph would exclude a batch of D rows.
-            base = base.expand(context.shape[:-1])
         return FlowDistribution(base, [bijection])
 
     def embed(self, context: Tensor | None) -> Tensor | None:
