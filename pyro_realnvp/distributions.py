@@ -25,10 +25,13 @@ class FlowDistribution(dist.TransformedDistribution):
     """
 
     def __init__(
-        self, base_distribution: dist.Distribution, transforms: Sequence[Bijection], validate_args: bool | None = None
+        self,
+        base_distribution: dist.Distribution,
+        transforms: Bijection | Sequence[Bijection],
+        validate_args: bool | None = None,
     ):
         # Torch's own composes any number of transforms, asks for each shape twice, and takes three times as long.
-        (transform,) = transforms
+        (transform,) = [transforms] if isinstance(transforms, Bijection) else transforms
         missing = transform.domain.event_dim - len(base_distribution.event_shape)
         if missing > 0:
             base_distribution = dist.Independent(base_distribution, missing)
@@ -60,8 +63,12 @@ class FlowDistribution(dist.TransformedDistribution):
         if self._validate_args and not torch.compiler.is_compiling():  # compiled code cannot branch on values
             if value.shape[value.dim() - self.event_dim :] != self.event_shape or not value.is_floating_point():
                 transform._check(value, forward=False)  # raises an error that says what to do
-            # A sum is nan if a value is, and takes a fifth of the time of torch's own check, which then says more.
-            if self._batch_shape or not _is_real(transform) or not is_eager(value) or value.sum().isnan():
+            # A sum is nan if a value is, and takes a fifth of the time of torch's own check, which then says more. That
+            # check fails for an empty batch.
+            passes = not value.numel() or (
+                not self._batch_shape and _is_real(transform) and is_eager(value) and not value.sum().isnan()
+            )
+            if not passes:
                 self._validate_sample(value)
         inside = strictly_inside(transform.codomain, value)
         # Neither compiled code nor code under torch.func can branch on values.
@@ -69,7 +76,7 @@ class FlowDistribution(dist.TransformedDistribution):
             # On a bound the bijection is infinite, and its gradient nan. Any inner point stands in for the value there.
             value = torch.where(inside, value, inner_point(transform.codomain, value))
         x, ladj = transform._evaluate(value, forward=False, remember=False)
-        log_p = self.base_dist.log_prob(x) + self._sum(ladj)
+        log_p = self._base_log_prob(x) + self._sum(ladj)
         if inside is None:
             return log_p
         batch_shape = inside.shape[: inside.dim() - self.event_dim]
@@ -91,7 +98,7 @@ class FlowDistribution(dist.TransformedDistribution):
             )
         x = self.base_dist.rsample(_shape(sample_shape))
         y, ladj = transform._evaluate(x, forward=True, remember=False)
-        return y, self.base_dist.log_prob(x) - self._sum(ladj)
+        return y, self._base_log_prob(x) - self._sum(ladj)
 
     def expand(self, batch_shape: Sequence[int], _instance: dist.Distribution | None = None) -> "FlowDistribution":
         # Without an instance, torch refuses a class that has an __init__ of its own.
@@ -105,6 +112,12 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+
+    def _base_log_prob(self, x: Tensor) -> Tensor:
+        base = self.base_dist
+        if type(base) is dist.Independent:  # whose own sum fails for an empty batch
+            return sum_events(base.base_dist.log_prob(x), base.reinterpreted_batch_ndims)
+        return base.log_prob(x)
 
     def _sum(self, ladj: Tensor) -> Tensor:
         return sum_events(ladj, self.event_dim - self.transforms[0].codomain.event_dim)

@@ -12,6 +12,7 @@ from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_realnvp as rn
+from pyro_realnvp.distributions import FlowDistribution
 
 
 def moved_flow(**options):
@@ -38,6 +39,25 @@ def test_shapes():
     assert d.log_prob(torch.zeros(6, 1, 2)).shape == (6, 4)
     y, log_prob = d.rsample_and_log_prob((6,))
     assert (y.shape, log_prob.shape) == ((6, 4, 2), (6, 4))
+
+
+def test_an_empty_batch():
+    d = moved_flow()()
+    assert d.log_prob(torch.zeros(0, 2)).shape == d.rsample_and_log_prob((0,))[1].shape == (0,)
+    assert moved_flow(context_dim=3)(torch.zeros(0, 3)).log_prob(torch.zeros(0, 2)).shape == (0,)
+
+
+def test_a_distribution_completes_its_base():
+    f = perturb(rn.real_nvp(2))
+    values = torch.randn(4, 3, 2)
+    for base in (dist.Normal(torch.zeros(3, 2), 1.0), dist.Normal(torch.zeros(3, 2), 1.0).to_event(2)):
+        d, plain = FlowDistribution(base, f), dist.TransformedDistribution(base, [f])
+        assert (d.batch_shape, d.event_shape) == (plain.batch_shape, plain.event_shape)
+        torch.testing.assert_close(d.log_prob(values), plain.log_prob(values))
+    conditioned = perturb(rn.real_nvp(2, context_dim=3)).condition(torch.randn(5, 1, 3))
+    d = FlowDistribution(dist.Normal(torch.zeros(4, 2), 1.0).to_event(1), [conditioned])
+    assert d.batch_shape == (5, 4)
+    assert d.sample().shape == (5, 4, 2)
 
 
 def test_the_transform_goes_from_data_to_base():
@@ -169,6 +189,11 @@ def test_an_elementwise_bijection_with_an_event_shape():
         ),
         "value shape": (lambda: moved_flow()().log_prob(torch.zeros(5, 3)), ValueError, "event.shape"),
         "nan": (lambda: moved_flow()().log_prob(torch.full((5, 2), torch.nan)), ValueError, "support"),
+        "nan beside infinities": (
+            lambda: moved_flow()().log_prob(torch.tensor([[torch.inf, -torch.inf], [torch.nan, 0.0]])),
+            ValueError,
+            "support",
+        ),
         "other precision": (
             lambda: moved_flow()().log_prob(torch.zeros(5, 2).double()),
             TypeError,

@@ -130,10 +130,10 @@ class Compose(Bijection):
         return x, self._total(ladjs, x, forward)
 
     def _total(self, ladjs: list[Tensor], y: Tensor, forward: bool) -> Tensor:
-        """The sum of log-determinants, which for a composition of nothing is zero at each output y."""
-        if not ladjs:
-            return y.new_zeros(y.shape[: y.dim() - (self.codomain if forward else self.domain).event_dim])
-        return sum(ladjs[1:], ladjs[0])
+        """The sum of the log-determinants, one for each y. A part may have returned a single number for all of them."""
+        batch_shape = y.shape[: y.dim() - (self.codomain if forward else self.domain).event_dim]
+        total = sum(ladjs[1:], ladjs[0]) if ladjs else y.new_zeros(batch_shape)
+        return total.expand(batch_shape)
 
     def _evaluate_part(
         self, k: int, x: Tensor, context: Tensor | None, forward: bool, *, run: Run | None = None

@@ -75,7 +75,9 @@ def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None
         )
     if torch.compiler.is_compiling():  # The compiler cannot trace the walk over the parameters.
         return
-    own = _first_floating(bijection)
+    own = _first_real(bijection, "_parameters")
+    if own is None:
+        own = _first_real(bijection, "_buffers")
     if own is None:
         return
     if own.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
@@ -90,15 +92,13 @@ def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None
         )
 
 
-def _first_floating(module: nn.Module) -> Tensor | None:
-    """The first parameter or buffer of real numbers. (`module.parameters()` takes ten times as long to find it.)"""
-    for tensors in (module._parameters, module._buffers):
-        for tensor in tensors.values():
-            if tensor is not None and tensor.is_floating_point():
-                return tensor
+def _first_real(module: nn.Module, held: str) -> Tensor | None:
+    """The first of the parameters or buffers that holds real numbers; the public iterators take ten times as long."""
+    for tensor in getattr(module, held).values():
+        if tensor is not None and tensor.is_floating_point():
+            return tensor
     for child in module._modules.values():
-        found = None if child is None else _first_floating(child)
-        if found is not None:
+        if child is not None and (found := _first_real(child, held)) is not None:
             return found
     return None
 

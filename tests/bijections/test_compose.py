@@ -39,6 +39,19 @@ def test_compose_of_nothing_is_the_identity():
     assert torch.equal(f.log_abs_det_jacobian(x, x), torch.zeros(3))
 
 
+def test_a_part_may_return_one_log_determinant_for_all_rows():
+    class Shift(rn.Bijection):
+        def forward_and_ladj(self, x, context=None):
+            return x + 1, x.new_zeros(())
+
+        def inverse_and_ladj(self, y, context=None):
+            return y - 1, y.new_zeros(())
+
+    f, x = rn.Compose([Shift((2,)), Shift((2,))]), torch.randn(5, 2)
+    for direction in (f.forward_and_ladj, f.inverse_and_ladj):
+        assert direction(x)[1].shape == (5,)
+
+
 def test_compose_sums_elementwise_parts_over_the_event():
     x = torch.rand(5, 2) + 0.5
     f = rn.Compose([T.ExpTransform().inv, rn.Permute(torch.tensor([1, 0]))])

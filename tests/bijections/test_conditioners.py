@@ -8,6 +8,7 @@ from helpers import (
     perturb,
     table,
 )
+from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_realnvp as rn
@@ -39,6 +40,26 @@ def test_conv_resnet():
     normalized = rn.ConvResNet(2, 4, batch_norm=True)
     assert any(isinstance(m, nn.BatchNorm2d) for m in normalized.modules())
     assert normalized.eval()(x.float()).shape == (2, 3, 4, 4, 6)
+
+
+class Sine(nn.Module):
+    def __call__(self, x):
+        return x.sin()
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.SiLU, lambda: nn.ReLU(inplace=True), Sine, nn.PReLU, lambda: torch.jit.script(nn.Tanh()), PyroModule[nn.PReLU]],
+    ids=["SiLU", "in place", "a __call__ of its own", "with a parameter", "scripted", "of Pyro"],
+)
+@pytest.mark.parametrize("residual", [False, True])
+def test_mlp_computes_what_its_layers_do(activation, residual):
+    net, x = perturb(rn.MLP(3, 4, (5, 5, 5), activation=activation, residual=residual)), torch.randn(7, 3)
+    h = net.first(x)
+    for layer in net.hidden:
+        update = layer(net.activation(h))
+        h = h + update if residual else update
+    assert torch.equal(net(x), net.last(net.activation(h)))
 
 
 def test_an_image_as_context_is_seen_where_it_is():
