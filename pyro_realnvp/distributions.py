@@ -79,8 +79,7 @@ class FlowDistribution(dist.TransformedDistribution):
         log_p = self._base_log_prob(x) + self._sum(ladj)
         if inside is None:
             return log_p
-        batch_shape = inside.shape[: inside.dim() - self.event_dim]
-        return torch.where(inside.reshape(*batch_shape, -1).all(-1), log_p, -torch.inf)
+        return torch.where(sum_events(~inside, self.event_dim) == 0, log_p, -torch.inf)
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """A reparametrized sample y and log p(y), in one pass through the bijection.

@@ -42,9 +42,12 @@ def test_shapes():
 
 
 def test_an_empty_batch():
-    d = moved_flow()()
-    assert d.log_prob(torch.zeros(0, 2)).shape == d.rsample_and_log_prob((0,))[1].shape == (0,)
+    bounded = rn.Flow(rn.Compose([moved_flow().bijection, rn.Logit(0).inv], event_shape=(2,)))
+    for d in (moved_flow()(), bounded()):
+        assert d.log_prob(torch.zeros(0, 2)).shape == d.rsample_and_log_prob((0,))[1].shape == (0,)
     assert moved_flow(context_dim=3)(torch.zeros(0, 3)).log_prob(torch.zeros(0, 2)).shape == (0,)
+    images = rn.Flow(rn.image_real_nvp((1, 4, 4), num_scales=1, hidden_channels=4, num_blocks=1))
+    assert images().log_prob(torch.zeros(0, 1, 4, 4)).shape == (0,)
 
 
 def test_a_distribution_completes_its_base():
