@@ -13,10 +13,11 @@ from sklearn.cluster import HDBSCAN
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
-from torch.distributions import transform_to
+from torch.distributions import constraints, transform_to
 
 from .bijections.conditioners import MLP
 from .bijections.inputs import check_context
+from .bijections.shapes import sum_events
 
 _MANY_ROWS = 1000
 _MOST_COMPONENTS = 8
@@ -75,7 +76,22 @@ class Base(nn.Module):
         if self.learnable:
             parameters = {name: self._constrain(name)(value) for name, value in parameters.items()}
         base = self.distribution(**parameters, validate_args=False)
-        return dist.Independent(base, len(base.batch_shape), validate_args=False)
+        return _Entries(base, len(base.batch_shape), validate_args=False)
+
+
+class _Entries(dist.Independent):
+    """Entries as one event. Beyond their support they have no density, which torch's formulas do not say; and an empty
+    batch has none to sum, where torch's own class fails."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        entries, event_dim = self.base_dist, self.reinterpreted_batch_ndims
+        support = entries.support
+        if support is constraints.real or support.event_dim or support.is_discrete:
+            return sum_events(entries.log_prob(value), event_dim)
+        inside = support.check(value)
+        # Any point of the support stands in for the others, whose formula and gradient may be nan.
+        value = torch.where(inside, value, transform_to(support)(torch.zeros_like(value)))
+        return sum_events(torch.where(inside, entries.log_prob(value), -torch.inf), event_dim)
 
 
 class MixtureBase(nn.Module):

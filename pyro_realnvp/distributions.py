@@ -61,14 +61,13 @@ class FlowDistribution(dist.TransformedDistribution):
         (transform,) = self.transforms
         check_tensor("log_prob", value)
         if self._validate_args and not torch.compiler.is_compiling():  # compiled code cannot branch on values
-            if value.shape[value.dim() - self.event_dim :] != self.event_shape or not value.is_floating_point():
+            fits = value.shape[value.dim() - self.event_dim :] == self.event_shape and value.is_floating_point()
+            if not fits:
                 transform._check(value, forward=False)  # raises an error that says what to do
             # A sum is nan if a value is, and takes a fifth of the time of torch's own check, which then says more. That
             # check fails for an empty batch.
-            passes = not value.numel() or (
-                not self._batch_shape and _is_real(transform) and is_eager(value) and not value.sum().isnan()
-            )
-            if not passes:
+            is_sum_enough = not self._batch_shape and _is_real(transform) and is_eager(value)
+            if not fits or (value.numel() and not (is_sum_enough and not value.sum().isnan())):
                 self._validate_sample(value)
         inside = strictly_inside(transform.codomain, value)
         # Neither compiled code nor code under torch.func can branch on values.
@@ -76,7 +75,7 @@ class FlowDistribution(dist.TransformedDistribution):
             # On a bound the bijection is infinite, and its gradient nan. Any inner point stands in for the value there.
             value = torch.where(inside, value, inner_point(transform.codomain, value))
         x, ladj = transform._evaluate(value, forward=False, remember=False)
-        log_p = self._base_log_prob(x) + self._sum(ladj)
+        log_p = self.base_dist.log_prob(x) + self._sum(ladj)
         if inside is None:
             return log_p
         return torch.where(sum_events(~inside, self.event_dim) == 0, log_p, -torch.inf)
@@ -97,7 +96,7 @@ class FlowDistribution(dist.TransformedDistribution):
             )
         x = self.base_dist.rsample(_shape(sample_shape))
         y, ladj = transform._evaluate(x, forward=True, remember=False)
-        return y, self._base_log_prob(x) - self._sum(ladj)
+        return y, self.base_dist.log_prob(x) - self._sum(ladj)
 
     def expand(self, batch_shape: Sequence[int], _instance: dist.Distribution | None = None) -> "FlowDistribution":
         # Without an instance, torch refuses a class that has an __init__ of its own.
@@ -111,12 +110,6 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
-
-    def _base_log_prob(self, x: Tensor) -> Tensor:
-        base = self.base_dist
-        if type(base) is dist.Independent:  # whose own sum fails for an empty batch
-            return sum_events(base.base_dist.log_prob(x), base.reinterpreted_batch_ndims)
-        return base.log_prob(x)
 
     def _sum(self, ladj: Tensor) -> Tensor:
         return sum_events(ladj, self.event_dim - self.transforms[0].codomain.event_dim)
@@ -235,6 +228,7 @@ class Flow(nn.Module):
             temperature: the factor by which the base is scaled about its mean. Below 1, samples lie closer to the
                 modes. Both samples and ``log_prob`` are those of the scaled base.
         """
+        temperature = float(temperature)  # torch would count the logarithm of a tensor once, and not for each entry
         if not temperature > 0:
             raise ValueError(f"expected temperature > 0; got {temperature}")
         context = self.embed(context)

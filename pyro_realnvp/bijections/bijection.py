@@ -15,7 +15,7 @@ from .inputs import check_bounds, check_context, check_event_shape, check_value
 from .memo import Memo, forget_param_store
 from .shapes import real_events
 
-_DIRECTIONS = ("forward_and_ladj", "inverse_and_ladj")
+DIRECTIONS = ("forward_and_ladj", "inverse_and_ladj")
 
 
 class Bijection(TransformModule):
@@ -177,7 +177,7 @@ class Bijection(TransformModule):
         All later evaluations of this bijection use the compiled graphs; its copies and pickles are not compiled.
         Initialize layers that start from data, such as ActNorm, before you compile.
         """
-        for name in _DIRECTIONS:
+        for name in DIRECTIONS:
             method = getattr(type(self), name).__get__(self)
             self.__dict__[name] = torch.compile(method, fullgraph=True, **options)
 
@@ -185,7 +185,7 @@ class Bijection(TransformModule):
         forget_param_store(self)
         state = super().__getstate__() | {"_inv": None, "_memo": Memo()}
         # Compiled directions lie in the state under these names and can be neither copied nor pickled.
-        return {name: value for name, value in state.items() if name not in _DIRECTIONS}
+        return {name: value for name, value in state.items() if name not in DIRECTIONS}
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)

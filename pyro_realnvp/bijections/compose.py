@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro.distributions.transforms as T
 import torch
@@ -87,14 +87,7 @@ class Compose(Bijection):
         more = len(event_shape) - chain.domain.event_dim
         self.domain: constraints.Constraint = _with_axes(chain.domain, more)
         self.codomain: constraints.Constraint = _with_axes(chain.codomain, more)
-        # A part with fewer event axes than the composition has here treats the others as batch axes. Their number is
-        # kept for each part, since its log-determinants must be summed over them.
-        self._extra_dims = []
-        event_dim = len(event_shape)
-        for part in parts:
-            self._extra_dims.append(event_dim - part.domain.event_dim)
-            event_dim += part.codomain.event_dim - part.domain.event_dim
-        self._marks, self._runs = [], []
+        self._cached_steps: tuple[list, list[_Step]] | None = None
         if not allow_unchanged:
             self._refuse_unchanged_entries()
 
@@ -111,21 +104,21 @@ class Compose(Bijection):
     def _pass(self, x: Tensor, context: Tensor | None, *, forward: bool) -> tuple[Tensor, Tensor]:
         if self._checkpoints("inverse") and is_eager():
             return self._pass_from_output(x, context, forward)
-        runs, ladjs = self._current_runs(), []
-        for k, run in runs if forward else reversed(runs):
-            x, ladj = self._evaluate_part(k, x, context, forward, run=run)
+        steps, ladjs = self._current_steps(), []
+        for step in steps if forward else reversed(steps):
+            x, ladj = self._evaluate_step(step, x, context, forward)
             ladjs.append(ladj)
         return x, self._total(ladjs, x, forward)
 
     def _pass_from_output(self, x: Tensor, context: Tensor | None, forward: bool) -> tuple[Tensor, Tensor]:
-        parts, ladjs = list(enumerate(self.parts)), []
-        for again, some in groupby(parts if forward else parts[::-1], lambda part: can_be_recomputed(part[1])):
+        steps, ladjs = _steps(self.parts, [(k, None) for k in range(len(self.parts))], len(self.event_shape)), []
+        for again, some in groupby(steps if forward else steps[::-1], lambda step: can_be_recomputed(step.part)):
             if again:
-                x, ladj = from_output(self._evaluate_part, list(some), x, context, forward=forward)
+                x, ladj = from_output(self._evaluate_step, list(some), x, context, forward=forward)
                 ladjs.append(ladj)
             else:
-                for k, _ in some:
-                    x, ladj = self._evaluate_part(k, x, context, forward)
+                for step in some:
+                    x, ladj = self._evaluate_step(step, x, context, forward)
                     ladjs.append(ladj)
         return x, self._total(ladjs, x, forward)
 
@@ -135,36 +128,35 @@ class Compose(Bijection):
         total = sum(ladjs[1:], ladjs[0]) if ladjs else y.new_zeros(batch_shape)
         return total.expand(batch_shape)
 
-    def _evaluate_part(
-        self, k: int, x: Tensor, context: Tensor | None, forward: bool, *, run: Run | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Evaluates part k, or the run of couplings that begins with it."""
-        extra_dims = self._extra_dims[k]
+    def _evaluate_step(self, step: "_Step", x: Tensor, context: Tensor | None, forward: bool) -> tuple[Tensor, Tensor]:
+        part, extra_dims, run = step
         context = for_inner_axes(context, extra_dims)
         call = partial(checkpoint, use_reentrant=False) if self._checkpoints(True) else None
         if run is not None:
             x, ladj = run.evaluate(x, context, forward=forward, call=call)
         else:
-            part = self.parts[k]
             evaluate = part.forward_and_ladj if forward else part.inverse_and_ladj
             args = x, context if part.context_dim else None
             # A second evaluation would, for instance, move the statistics of a normalization twice.
             x, ladj = call(evaluate, *args) if call and part.can_be_recomputed else evaluate(*args)
+        if extra_dims:  # as many terms are summed as there are, even where a part has returned one number for all
+            ladj = ladj.expand(x.shape[: x.dim() - (part.codomain if forward else part.domain).event_dim])
         return x, sum_events(ladj, extra_dims)
 
     def _checkpoints(self, how: bool | str) -> bool:
         """Whether this pass is to be checkpointed in the given way, which torch.func cannot do."""
         return self.checkpoint == how and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
-    def _current_runs(self) -> list[tuple[int, Run | None]]:
-        """Which parts are evaluated together. This is found anew only after a part or a mask has changed."""
-        now = marks(self.parts)
-        if len(now) != len(self._marks) or not all(map(operator.is_, now, self._marks)):
-            self._marks, self._runs = now, runs(self.parts)
-        return self._runs
+    def _current_steps(self) -> "list[_Step]":
+        """What is evaluated, one after the other. This is found anew only after a part or a mask has changed."""
+        now, cached = marks(self.parts), self._cached_steps
+        if cached is None or len(now) != len(cached[0]) or not all(map(operator.is_, now, cached[0])):
+            # One assignment, since another thread may read in between.
+            self._cached_steps = cached = now, _steps(self.parts, runs(self.parts), len(self.event_shape))
+        return cached[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_marks": [], "_runs": []}
+        return super().__getstate__() | {"_cached_steps": None}
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         shape = check_event_shape(self, shape, self.event_shape)
@@ -204,6 +196,28 @@ class Compose(Bijection):
                 "alternate the masks (mask, ~mask, ...), put a Permute between the couplings, or pass "
                 "allow_unchanged=True for a part of a larger stack"
             )
+
+
+class _Step(NamedTuple):
+    """A part of a composition, or a run of couplings that begins with it."""
+
+    part: Bijection
+    extra_dims: int
+    """The event axes that the composition has here beyond those of the part, which treats them as batch axes."""
+    run: Run | None
+
+
+def _steps(parts: Sequence[Bijection], found: list[tuple[int, Run | None]], event_dim: int) -> list[_Step]:
+    extra_dims = []
+    for part in parts:
+        extra_dims.append(event_dim - part.domain.event_dim)
+        event_dim += part.codomain.event_dim - part.domain.event_dim
+    if min(extra_dims, default=0) < 0:
+        raise ValueError(
+            f"expected parts whose events have no more axes than those of the composition; got {len(parts)} parts of "
+            "which one has more, after a change of the parts: build a new Compose from them"
+        )
+    return [_Step(parts[k], extra_dims[k], run) for k, run in found]
 
 
 def _with_axes(space: constraints.Constraint, count: int) -> constraints.Constraint:

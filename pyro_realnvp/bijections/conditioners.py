@@ -107,8 +107,9 @@ def _applied(layer: nn.Module, x: Tensor) -> Tensor:
         or type(layer).__call__ is not nn.Module.__call__
     ):
         return layer(x)
-    if type(layer) is nn.Linear and "forward" not in state:
-        return F.linear(x, state["_parameters"]["weight"], state["_parameters"]["bias"])
+    parameters = state["_parameters"]
+    if type(layer) is nn.Linear and "forward" not in state and parameters.keys() == {"weight", "bias"}:
+        return F.linear(x, parameters["weight"], parameters["bias"])
     return layer.forward(x)
 
 

@@ -182,7 +182,8 @@ def run_couplings(
         if swap:
             kept, changed, of_kept, of_changed = changed, kept, of_changed, of_kept
         args = kept, changed, context, forward
-        changed, log_slope = coupling.change(*args) if call is None else call(coupling.change, *args)
+        again = call is not None and coupling.can_be_recomputed
+        changed, log_slope = call(coupling.change, *args) if again else coupling.change(*args)
         if log_slope is not None:
             if log_slope.shape != changed.shape:
                 raise ValueError(

@@ -77,9 +77,8 @@ class Mask(Constants):
         flips = int((b[1:] != b[:-1]).sum())
         self.is_halves: bool = flips == 1
         self.is_interleaved: bool = flips == len(b) - 1 and len(b) % 2 == 0
-        self.sizes: list[int] = [self.num_kept, self.num_changed]
-        if self.is_halves and not self.kept_first:
-            self.sizes.reverse()
+        sizes = self.num_kept, self.num_changed
+        self.sizes: tuple[int, int] = sizes[::-1] if self.is_halves and not self.kept_first else sizes
         if self.is_halves or self.is_interleaved:
             self.order = self.inverse_order = None
         else:

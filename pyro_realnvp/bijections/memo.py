@@ -6,6 +6,7 @@ import weakref
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
@@ -130,6 +131,7 @@ class _Reads:
         self.modules: list[nn.Module] = []
         self.values: list = []
         self._watched: list[dict] = []  # the dictionaries that hold all of this state
+        self._options: list[tuple[dict, str]] = []  # single entries of others: the plain options of layers
         self._walk(bijection)
         self._seen = self._look()
 
@@ -144,16 +146,23 @@ class _Reads:
                 for held in (item._parameters, item._buffers, item._modules):
                     self._watched.append(held)
                     stack.extend(held.values())
-                # A user's class, too, may hold tensors and numbers as plain attributes.
+                for hooks in (item._forward_hooks, item._forward_pre_hooks):
+                    self._watched.append(hooks)
+                    self.values += hooks.values()
+                own = {name: value for name, value in vars(item).items() if name not in _OF_MODULES}
+                # A user's class, too, may hold tensors, numbers and containers as plain attributes.
                 if isinstance(item, (Transform, Constants)):
                     self._watched.append(vars(item))
-                    for name, value in vars(item).items():
-                        if isinstance(value, (Tensor, Transform, int, float)) and not _is_cache(name):
-                            stack.append(value)
+                    kinds = Tensor, Transform, int, float, str, tuple, list, dict, set, np.ndarray
+                    stack += [v for name, v in own.items() if isinstance(v, kinds) and not _is_cache(name)]
+                else:
+                    options = {name: value for name, value in own.items() if isinstance(value, (int, float, str))}
+                    self._options += [(vars(item), name) for name in options]
+                    stack += options.values()
             elif isinstance(item, Transform):
                 self._watched.append(vars(item))
                 stack.extend(value for name, value in vars(item).items() if not _is_cache(name))
-            elif isinstance(item, (tuple, list)):
+            elif isinstance(item, tuple):
                 stack.extend(item)
             elif item is None or isinstance(item, (int, float, str, Constraint)):
                 self.values.append(item)
@@ -162,7 +171,8 @@ class _Reads:
                 return
 
     def _look(self) -> list:
-        return list(chain.from_iterable(map(dict.values, self._watched)))
+        held = chain.from_iterable(map(dict.values, self._watched))
+        return [*held, *(own.get(name) for own, name in self._options)]
 
     def is_current(self) -> bool:
         now = self._look()
@@ -181,7 +191,9 @@ class _Reads:
         """
         if self.tensors is None:
             return None
-        marks: list = [torch.is_grad_enabled(), torch.is_autocast_enabled(), _optimizer_steps]
+        device = more[0].device.type
+        marks: list = [torch.is_grad_enabled(), _optimizer_steps]
+        marks += (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         marks += [module.training for module in self.modules]
         try:
             for t in (*more, *self.tensors):
@@ -190,6 +202,9 @@ class _Reads:
         except RuntimeError:
             return None
         return marks
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def _is_cache(name: str) -> bool:

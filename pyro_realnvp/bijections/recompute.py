@@ -10,8 +10,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Evaluate = Callable[[int, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
-"""Evaluates a part, given its index, its input, the context and whether forward."""
+Evaluate = Callable[[Any, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
+"""Evaluates a step of a composition, given the step, its input, the context and whether forward."""
 
 
 def can_be_recomputed(part: nn.Module) -> bool:
@@ -21,26 +21,29 @@ def can_be_recomputed(part: nn.Module) -> bool:
 
 def from_output(
     evaluate: Evaluate,
-    parts: Sequence[tuple[int, nn.Module]],
+    steps: Sequence,
     x: Tensor,
     context: Tensor | None,
     *,
     forward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Applies the parts to x (Gomez et al. 2017, section 3.3), and returns the output and the log-determinant."""
-    parameters = _trained(*(part for _, part in parts))
-    return _FromOutput.apply(evaluate, parts, forward, x, context, *parameters)
+    """Applies the steps, each with its `part`, to x (Gomez et al. 2017, section 3.3).
+
+    Returns the output and the log-determinant.
+    """
+    parameters = _trained(*(step.part for step in steps))
+    return _FromOutput.apply(evaluate, steps, forward, x, context, *parameters)
 
 
 class _FromOutput(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, evaluate: Evaluate, parts: Sequence, forward: bool, x: Tensor, context: Tensor | None, *parameters
+        ctx: Any, evaluate: Evaluate, steps: Sequence, forward: bool, x: Tensor, context: Tensor | None, *parameters
     ):
-        ctx.call, ctx.states, total = (evaluate, parts, forward), [], 0
-        for k, _ in parts:
+        ctx.call, ctx.states, total = (evaluate, steps, forward), [], 0
+        for step in steps:
             ctx.states.append(_random_state(x.device))
-            x, ladj = evaluate(k, x, context, forward)
+            x, ladj = evaluate(step, x, context, forward)
             total = total + ladj
         # Autograd refuses a backward pass after a saved tensor was changed, which the recomputation would not notice.
         ctx.save_for_backward(x, context, *parameters)
@@ -51,25 +54,25 @@ class _FromOutput(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
-        (evaluate, parts, forward), (y, context, *parameters) = ctx.call, ctx.saved_tensors
-        now = _trained(*(part for _, part in parts))
+        (evaluate, steps, forward), (y, context, *parameters) = ctx.call, ctx.saved_tensors
+        now = _trained(*(step.part for step in steps))
         if [p.data_ptr() for p in now] != [p.data_ptr() for p in parameters]:
             raise RuntimeError(
                 "expected the parameters of the forward pass in the backward pass; got others: take checkpoint=True "
                 "where parameters are replaced, as by torch.func.functional_call"
             )
         grad_context, found = None, []
-        for (k, part), state in zip(reversed(parts), reversed(ctx.states)):
+        for step, state in zip(reversed(steps), reversed(ctx.states)):
             with torch.autocast(y.device.type, **ctx.autocast):
                 with torch.no_grad(), _same_random_numbers(state, y.device):
-                    x, _ = evaluate(k, y, context, not forward)
+                    x, _ = evaluate(step, y, context, not forward)
                 with torch.enable_grad(), _same_random_numbers(state, y.device):
                     x, its_context = x.detach().requires_grad_(), context
                     if context is not None:
                         its_context = context.detach().requires_grad_(context.requires_grad)
-                    outputs = evaluate(k, x, its_context, forward)
+                    outputs = evaluate(step, x, its_context, forward)
             pairs = [pair for pair in zip(outputs, (grad_y, grad_ladj)) if pair[0].requires_grad]
-            inputs = [x, *_trained(part)]
+            inputs = [x, *_trained(step.part)]
             with_context = its_context is not None and its_context.requires_grad
             grad_y, *grads = torch.autograd.grad(
                 [output for output, _ in pairs],

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .bijection import Bijection
+from .bijection import DIRECTIONS, Bijection
 from .coupling import Coupling, run_couplings
 from .masks import Mask
 from .reshape import Permute
@@ -46,7 +46,8 @@ def marks(parts: Sequence[Bijection]) -> list:
         found.append(part)
         if isinstance(part, Coupling):
             # `part.mask` takes three times as long, in the search of nn.Module for what it holds.
-            found += (part._modules["mask"].layout, "forward_and_ladj" in vars(part))
+            mask = part._modules["mask"]
+            found += (mask, mask.layout, *(name in vars(part) for name in DIRECTIONS))
         elif isinstance(part, Permute):
             found.append(part.layout)
     return found
@@ -72,7 +73,7 @@ def _run_from(parts: Sequence[Bijection], start: int) -> tuple[Run | None, int]:
     moved: Sequence[int] | None = None
     for k in range(end, len(parts)):
         part = parts[k]
-        if isinstance(part, Permute):
+        if type(part) is Permute:  # a subclass may do more
             moved = part.layout if moved is None else [moved[i] for i in part.layout]
             continue
         swap = _swap(run.couplings[-1].mask, moved, part.mask) if _hands_on(part) else None
@@ -87,8 +88,10 @@ def _run_from(parts: Sequence[Bijection], start: int) -> tuple[Run | None, int]:
 def _hands_on(part: Bijection) -> bool:
     """Whether a part is a coupling that leaves splitting and joining to its base class."""
     kind, base = type(part), Coupling
-    is_plain = (kind.forward_and_ladj, kind.inverse_and_ladj) == (base.forward_and_ladj, base.inverse_and_ladj)
-    return is_plain and "forward_and_ladj" not in vars(part)
+    if not isinstance(part, Coupling):
+        return False
+    is_plain = all(getattr(kind, name) is getattr(base, name) and name not in vars(part) for name in DIRECTIONS)
+    return is_plain and type(part.mask) is Mask
 
 
 def _swap(before: Mask, moved: Sequence[int] | None, after: Mask) -> bool | None:
