@@ -14,8 +14,9 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.utils import check_array
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 
-_NOISE_POINTS = 16
+_NOISE_POINTS = 64
 _FEW_ROWS = 50  # fewer say nothing about ties
 _MOST_COPIES = 0.05  # of the rows, above which a warning says that rows are repeated
 
@@ -155,11 +156,10 @@ def _emptiest(angles: np.ndarray, period: float) -> float:
 
 
 def _lattice(dim: int) -> np.ndarray:
-    """Points that fill the unit cube evenly, ``(K, dim)``: a lattice of Korobov, moved to the middles of its cells."""
+    """Points that fill the unit cube evenly, ``(K, dim)``: a scrambled sequence of Sobol, always the same."""
     if not dim:
         return np.zeros((1, 0))
-    generator = 5 ** np.arange(dim) % _NOISE_POINTS
-    return (np.arange(_NOISE_POINTS)[:, None] * generator / _NOISE_POINTS + 0.5 / _NOISE_POINTS) % 1
+    return SobolEngine(dim, scramble=True, seed=0).draw(_NOISE_POINTS, dtype=torch.float64).numpy()
 
 
 def check_weights(sample_weight: ArrayLike, X: np.ndarray) -> np.ndarray:

@@ -212,7 +212,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
 
         Returns:
             log p in nats, ``(n_samples,)``; -inf for rows outside of the support. In columns of whole numbers, p is a
-            probability, averaged over 16 values of the noise.
+            probability, averaged over 64 values of the noise.
 
         Raises:
             ValueError: The columns of X or of the context are not those of :meth:`fit`, or values are missing or
@@ -235,7 +235,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
     ) -> float:
         """The mean of :meth:`score_samples`, weighted by ``sample_weight``. Higher is better."""
         scores = self.score_samples(X, context=context)
-        weights = np.ones(len(scores)) if sample_weight is None else np.asarray(sample_weight)
+        weights = np.ones(len(scores)) if sample_weight is None else check_weights(sample_weight, scores)
         # Rows without weight may score -inf, and 0 times -inf would make the mean nan.
         return float(np.average(np.where(weights > 0, scores, 0), weights=weights))
 

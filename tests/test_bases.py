@@ -211,3 +211,22 @@ def test_a_context_that_chooses_the_piece():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_bounded_base_has_no_density_beyond_its_support():
+    for make in (
+        lambda: rn.Base(dist.Exponential, rate=torch.ones(2)),
+        lambda: rn.Base(dist.Gamma, concentration=torch.full((2,), 2.0), rate=torch.ones(2)),
+    ):
+        flow = rn.Flow(perturb(rn.real_nvp(2)), base=make())
+        y, outside = flow().sample((3,)), flow.bijection(torch.tensor([-5.0, 1.0]))
+        assert flow().log_prob(y).isfinite().all()
+        assert flow().log_prob(outside) == flow(temperature=0.5).log_prob(outside) == -torch.inf
+        flow().log_prob(torch.stack([y[0], outside])).exp().sum().backward()
+        assert all(p.grad.isfinite().all() for p in flow.parameters())
+
+
+def test_a_tensor_as_temperature():
+    flow = rn.Flow(perturb(rn.real_nvp(3)))
+    y = torch.randn(2, 3)
+    torch.testing.assert_close(flow(temperature=torch.tensor(0.5)).log_prob(y), flow(temperature=0.5).log_prob(y))

@@ -10,6 +10,7 @@ from helpers import table
 from scipy import stats
 
 from pyro_realnvp import RealNVPDensity
+from pyro_realnvp.columns import _lattice
 
 
 def quick(**options):
@@ -116,3 +117,20 @@ def test_a_search_does_not_choose_the_noise_by_ties():
     best = stats.poisson.logpmf(X, 2.0).sum(1).mean()
     for noise in (0.0, 0.5):
         assert quick(noise=noise, support="count").fit(X).score(X) < best + 0.1
+
+
+def test_the_points_of_the_noise_differ_between_columns():
+    points = _lattice(12)
+    assert ((0 <= points) & (points < 1)).all()
+    np.testing.assert_allclose(points.mean(0), 0.5, atol=0.02)
+    correlation = np.corrcoef(points.T) - np.eye(12)
+    assert abs(correlation).max() < 0.5
+
+
+@pytest.mark.parametrize("weights", [-np.ones(60), np.r_[np.nan, np.ones(59)], np.ones(3)])
+def test_score_refuses_weights_that_fit_refuses(weights):
+    X = np.random.default_rng(0).normal(size=(60, 2))
+    density = RealNVPDensity(num_steps=2, num_components=1, random_state=0).fit(X)
+    with pytest.raises(ValueError, match=r"sample.weight"):
+        density.score(X, sample_weight=weights)
+    assert np.isclose(density.score(X, sample_weight=2.0), density.score(X))

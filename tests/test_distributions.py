@@ -191,6 +191,11 @@ def test_an_elementwise_bijection_with_an_event_shape():
             r"\(..., 3\); got shape \(4, 2\)",
         ),
         "value shape": (lambda: moved_flow()().log_prob(torch.zeros(5, 3)), ValueError, "event.shape"),
+        "value shape of inner events": (
+            lambda: rn.Flow(rn.real_nvp(2), event_shape=(3, 2))().log_prob(torch.zeros(5, 1, 2)),
+            ValueError,
+            "event_shape",
+        ),
         "nan": (lambda: moved_flow()().log_prob(torch.full((5, 2), torch.nan)), ValueError, "support"),
         "nan beside infinities": (
             lambda: moved_flow()().log_prob(torch.tensor([[torch.inf, -torch.inf], [torch.nan, 0.0]])),

@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .history import Callback, History
 from .options import LoopOptions
 from .progress import Progress
-from .snapshots import Average, State
+from .snapshots import Average, Modes, State
 
 _SKIPS_BEFORE_RESTORE = 10
 _MAX_RESTORES = 3
@@ -52,6 +52,7 @@ class Training:
         self.history: History = History()
         self.skips_in_a_row: int = 0
         self.is_done: bool = False
+        self.stay: list[nn.Module] = []
 
     @property
     def step(self) -> int:
@@ -90,8 +91,9 @@ class Training:
         started = time.perf_counter() - history.seconds
         # The answers of the callbacks are gathered at each step, which every process must join if one has a callback.
         asked = any(distributed.gather(bool(callbacks)))
-        were_training = [module.training for module in self.modules]
-        _train(self.modules, True)
+        modes = Modes(*self.modules)
+        self.stay = _parts_that_stay(self.modules)
+        self._train(True)
         bar = Progress(options.num_steps, initial=self.step, show=progress and distributed.rank() == 0)
         try:
             if self.step == 0 and validate_start:
@@ -132,8 +134,7 @@ class Training:
             finally:
                 # This inner block runs even if that validation fails or is itself interrupted.
                 self.best.restore()
-                for module, was_training in zip(self.modules, were_training):
-                    module.train(was_training)
+                modes.restore()
                 bar.close()
                 history.seconds = time.perf_counter() - started
         if history.skipped_steps and distributed.rank() == 0:
@@ -200,9 +201,9 @@ class Training:
         with self.average.in_place():
             value = recent
             if validation is not None:
-                _train(self.modules, False)
+                self._train(False)
                 value = validation()
-                _train(self.modules, True)
+                self._train(True)
             history.validation_steps.append(self.step)
             history.validation_loss.append(value)
             # Later weights must not lose by noise alone. They do lose if every recent training loss was not finite.
@@ -210,6 +211,13 @@ class Training:
             if (math.isfinite(recent) or self.step == 0) and value < history.best_loss + tolerance:
                 history.best_loss, history.best_step = min(value, history.best_loss), self.step
                 self.best.save()  # the average is in place, and so it is what is saved
+
+    def _train(self, mode: bool) -> None:
+        """Puts all modules into train mode, but for the parts that stay in eval mode, or all into eval mode."""
+        for module in self.modules:
+            module.train(mode)
+        for part in self.stay:
+            part.eval()
 
     def _stop(self, reason: str) -> None:
         """Ends the loop for this reason, unless it has ended already."""
@@ -248,7 +256,19 @@ def _is_true(answer: object) -> bool:
     return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
-def _train(modules: Sequence[nn.Module], mode: bool) -> None:
-    """Puts all modules into train mode, or into eval mode."""
-    for module in modules:
-        module.train(mode)
+def _parts_that_stay(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The parts in eval mode that a training must leave there, such as a frozen encoder with statistics of its own.
+
+    These are the parts of a module in train mode, and in any module those whose parameters are all frozen.
+    """
+    return [
+        part
+        for module in modules
+        for part in module.modules()
+        if not part.training and (module.training or _is_frozen(part))
+    ]
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)

@@ -217,6 +217,13 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+    if validate is not None and not math.isfinite(history.best_loss) and history.stopped in ("finished", "early"):
+        warnings.warn(
+            "no validation had a finite loss, so the flow keeps the weights it came with: look at the held-out rows, "
+            "which may lie outside of the support of the flow or of its base",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     # A start that is as good as the end may be the best there is, as for normal data that are standardized.
     is_worse = history.best_step == 0 and not history.validation_loss[-1] <= history.best_loss + _WORSE
     has_start = math.isfinite(history.best_loss)

@@ -25,9 +25,20 @@ class LoopOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
-        for name in ("num_steps", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} >= 1; got {getattr(self, name)}")
+        for name in ("num_steps", "validate_every", "patience"):
+            value = getattr(self, name)
+            if value is None and name == "patience":
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"expected {name} >= 1, a whole number; got {value!r}")
+        for name in ("lr", "max_grad_norm"):
+            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} > 0; got {getattr(self, name)!r}")
+        for name in ("warmup", "averaging"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"expected {name} from 0 to 1, a fraction of the steps; got {getattr(self, name)!r}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"expected weight_decay >= 0; got {self.weight_decay!r}")
 
 
 def plain(value: Any) -> Any:

@@ -43,6 +43,17 @@ class State:
         self.states, self.values = state["states"], state["values"]
 
 
+class Modes:
+    """The mode of each part of some modules, train or eval."""
+
+    def __init__(self, *modules: nn.Module):
+        self.modes: list[tuple[nn.Module, bool]] = [(part, part.training) for one in modules for part in one.modules()]
+
+    def restore(self) -> None:
+        for part, mode in self.modes:
+            part.training = mode
+
+
 class Average:
     """An exponential moving average of parameters, with a time constant in steps."""
 

@@ -12,6 +12,7 @@ from ..bijections.compose import Compose
 from ..bijections.elementwise import Standardize
 from ..distributions import Flow
 from .rows import Batch
+from .snapshots import Modes
 
 _FAR = 10.0
 _EXTREME = 1e8  # scales from the median, which no distribution but a fill value reaches
@@ -33,7 +34,7 @@ def start(flow: nn.Module, some: Callable[[], Batch], *, standardize: bool) -> N
     """
     if not isinstance(flow, Flow) or len(flow.event_shape) != 1:
         return
-    was_training, batch = flow.training, some()
+    modes, batch = Modes(flow), some()
     flow.eval()
     for name, values in zip(Batch._fields[:2], batch):
         _warn_of_fill_values(name, values)
@@ -45,7 +46,7 @@ def start(flow: nn.Module, some: Callable[[], Batch], *, standardize: bool) -> N
         z = _latents(flow, batch)
         finite = z.isfinite().all(-1)
         flow.base.initialize(z[finite], None if batch.weights is None else batch.weights[finite])
-    flow.train(was_training)
+    modes.restore()
 
 
 def _warn_of_fill_values(name: str, values: Tensor | None) -> None:

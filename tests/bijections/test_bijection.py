@@ -186,3 +186,41 @@ def test_what_has_no_sign_can_be_inspected_traced_and_compiled():
     torch.testing.assert_close(torch.jit.trace(score, (x,))(2 * x), score(2 * x))
     compiled = torch.compile(score, fullgraph=True, dynamic=True, backend="eager")
     torch.testing.assert_close(compiled(x), score(x))
+
+
+class Options(rn.Bijection):
+    def __init__(self):
+        super().__init__((2,))
+        self.by, self.mode = [1.0], "plus"
+
+    def forward_and_ladj(self, x, context=None):
+        return x + (self.by[0] if self.mode == "plus" else -self.by[0]), x.new_zeros(x.shape[:-1])
+
+    def inverse_and_ladj(self, y, context=None):
+        return y - (self.by[0] if self.mode == "plus" else -self.by[0]), y.new_zeros(y.shape[:-1])
+
+
+def test_a_changed_layer_hook_or_option_is_noticed():
+    x = torch.randn(3, 2)
+    f = perturb(rn.real_nvp(2, num_couplings=2, activation=torch.nn.LeakyReLU))
+    net = f.parts[0].conditioner
+    changes = [
+        lambda: setattr(net.activation, "negative_slope", 3.0),
+        lambda: net.first.register_forward_hook(lambda layer, args, out: 2 * out),
+    ]
+    for change in changes:
+        y = f(x)
+        change()
+        torch.testing.assert_close(f.inv(y), f.inverse_and_ladj(y)[0])
+    g = Options()
+    for change in (
+        lambda: setattr(g, "mode", "minus"),
+        lambda: setattr(g, "by", [5.0]),
+        lambda: g.by.__setitem__(0, 7.0),
+    ):
+        y = g(x)
+        change()
+        torch.testing.assert_close(g.inv(y), g.inverse_and_ladj(y)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = f(x)
+    torch.testing.assert_close(f.log_abs_det_jacobian(x, y), f.forward_and_ladj(x)[1])

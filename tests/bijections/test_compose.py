@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compose: its behavior beyond the laws that all bijections obey."""
 
+import math
+
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
@@ -50,6 +52,16 @@ def test_a_part_may_return_one_log_determinant_for_all_rows():
     f, x = rn.Compose([Shift((2,)), Shift((2,))]), torch.randn(5, 2)
     for direction in (f.forward_and_ladj, f.inverse_and_ladj):
         assert direction(x)[1].shape == (5,)
+
+    class Double(rn.Bijection):
+        def forward_and_ladj(self, x, context=None):
+            return 2 * x, x.new_tensor(2 * math.log(2))
+
+    assert math.isclose(
+        rn.Compose([Double((2,))], event_shape=(4, 2)).forward_and_ladj(torch.zeros(3, 4, 2))[1][0].item(),
+        8 * math.log(2),
+        rel_tol=1e-6,
+    )
 
 
 def test_compose_sums_elementwise_parts_over_the_event():

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbouring couplings hand on their halves, which nobody can notice."""
 
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from helpers import perturb, table
 from hypothesis import given
+from pyro.distributions.transforms import ExpTransform
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
@@ -223,3 +228,85 @@ def test_layers_that_are_pruned_or_replaced_work():
     assert torch.equal(net(x), before)
     net.last.forward = lambda h: torch.full((3, 2), 7.0)
     assert torch.equal(net(x), torch.full((3, 2), 7.0))
+
+
+class SignedPermute(rn.Permute):
+    def forward_and_ladj(self, x, context=None):
+        y, ladj = super().forward_and_ladj(x)
+        return -y, ladj
+
+    def inverse_and_ladj(self, y, context=None):
+        return super().inverse_and_ladj(-y)
+
+
+class FlippingMask(rn.Mask):
+    def split(self, x):
+        kept, changed = super().split(x)
+        return kept, -changed
+
+    def join(self, kept, changed):
+        return super().join(kept, -changed)
+
+
+def test_what_overrides_a_permutation_a_mask_or_a_direction_is_evaluated_by_itself():
+    x = torch.randn(3, 4)
+    flipping = perturb(coupling(0))
+    flipping.mask = FlippingMask(masks.half(4).b)
+    mirrored = perturb(coupling(0))
+    own = mirrored.inverse_and_ladj
+    mirrored.inverse_and_ladj = lambda y, context=None: own(-y)
+    for part in (SignedPermute(torch.tensor([2, 3, 0, 1])), flipping, mirrored):
+        f = rn.Compose([perturb(coupling(0)), part, perturb(coupling(1))], allow_unchanged=True)
+        for forward, direction in ((True, f.forward_and_ladj), (False, f.inverse_and_ladj)):
+            for got, expected in zip(direction(x), one_by_one(f.parts, x, forward=forward)):
+                torch.testing.assert_close(got, expected)
+
+
+def test_parts_may_be_removed_and_appended():
+    x = torch.rand(5, 4) + 0.5
+    f = perturb(rn.Compose([ExpTransform().inv, coupling(0), coupling(1)]))
+    f(x)
+    del f.parts[0]
+    torch.testing.assert_close(f.forward_and_ladj(x), one_by_one(f.parts, x))
+    f.parts.append(perturb(rn.TriangularAffine(4)))
+    torch.testing.assert_close(f.forward_and_ladj(x), one_by_one(f.parts, x))
+    f.parts.insert(0, rn.Squeeze())
+    with pytest.raises(ValueError, match="build a new Compose"):
+        f.forward_and_ladj(x)
+
+
+def test_threads_agree_on_the_first_evaluation():
+    x, before = torch.randn(1, 2), sys.getswitchinterval()
+    first = perturb(rn.real_nvp(2, num_couplings=4))
+    expected = first(x)
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(200):
+            f = copy.deepcopy(first)
+            with ThreadPoolExecutor(4) as pool:
+                assert all(torch.equal(y, expected) for y, _ in pool.map(f.forward_and_ladj, [x] * 4))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_checkpoint_evaluates_once_what_must_not_be_recomputed():
+    class Counting(rn.AffineCoupling):
+        can_be_recomputed = False
+        count = 0
+
+        def change(self, *args):
+            Counting.count += 1
+            return super().change(*args)
+
+    f = rn.Compose([coupling(0, Counting), coupling(1, Counting)], checkpoint=True)
+    y, ladj = f.forward_and_ladj(torch.randn(3, 4))
+    (y.sum() + ladj.sum()).backward()
+    assert Counting.count == 2
+
+
+def test_a_layer_that_holds_its_weight_as_an_attribute():
+    net = rn.MLP(2, 2)
+    weight = net.first.weight.detach()
+    del net.first.weight
+    net.first.weight = weight
+    assert net(torch.ones(2)).shape == (2,)

@@ -5,9 +5,11 @@ from functools import partial
 import helpers
 import numpy as np
 import pandas
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers import parameters, table
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_realnvp as rn
@@ -375,3 +377,33 @@ def test_nothing_to_fit(x):
         run(make_flow().requires_grad_(False), x)
     with pytest.raises(ValueError, match="nothing to fit"):
         run(rn.Flow(rn.Standardize(2).inv), x)
+
+
+def test_a_frozen_encoder_in_eval_mode_stays_as_it_is():
+    encoder = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval().requires_grad_(False)
+    context = 3 * torch.randn(300, 3) + 1
+    before = encoder(context)
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2, context_dim=2), embedding=encoder)
+    for mode in (True, False):
+        flow.train(mode)
+        encoder.eval()
+        rn.fit(flow, torch.randn(300, 2), context=context, num_steps=5, seed=0, progress=False)
+        assert torch.equal(encoder(context), before)
+        assert (flow.training, encoder[1].training) == (mode, False)
+
+
+def test_a_training_that_no_held_out_row_can_judge_says_so():
+    base = rn.Base(dist.Uniform, low=-torch.full((2,), 9.0), high=torch.full((2,), 9.0))
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2), base=base)
+    with pytest.warns(RuntimeWarning, match="no validation had a finite loss"):
+        rn.fit(flow, torch.rand(500, 2), validation=torch.full((9, 2), 50.0), num_steps=5, standardize=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lr", 0.0), ("max_grad_norm", -1.0), ("max_grad_norm", None), ("averaging", 50.0), ("warmup", -1.0)]
+    + [("patience", 0), ("validate_every", 7.5), ("weight_decay", -1.0)],
+)
+def test_an_option_out_of_range(option, value):
+    with pytest.raises(ValueError, match=f"expected {option}"):
+        rn.fit(rn.Flow(rn.real_nvp(2)), torch.randn(50, 2), progress=False, **{option: value})
