@@ -144,8 +144,8 @@ def check_context(bijection: nn.Module, context: Tensor | None) -> None:
         )
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(context.device.type):
         return
-    own = next(bijection.parameters(), context)
-    if own.dtype != context.dtype:
+    own = _first_real(bijection, "_parameters")
+    if own is not None and own.dtype != context.dtype:
         raise TypeError(
             f"{name} has parameters of {own.dtype}; got a context of {context.dtype}: convert one of them with .to()"
         )

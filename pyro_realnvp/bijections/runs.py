@@ -87,11 +87,10 @@ def _run_from(parts: Sequence[Bijection], start: int) -> tuple[Run | None, int]:
 
 def _hands_on(part: Bijection) -> bool:
     """Whether a part is a coupling that leaves splitting and joining to its base class."""
-    kind, base = type(part), Coupling
-    if not isinstance(part, Coupling):
+    if not isinstance(part, Coupling) or type(part.mask) is not Mask:
         return False
-    is_plain = all(getattr(kind, name) is getattr(base, name) and name not in vars(part) for name in DIRECTIONS)
-    return is_plain and type(part.mask) is Mask
+    kind, own = type(part), vars(part)
+    return all(getattr(kind, name) is getattr(Coupling, name) and name not in own for name in DIRECTIONS)
 
 
 def _swap(before: Mask, moved: Sequence[int] | None, after: Mask) -> bool | None:

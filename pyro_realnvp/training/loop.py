@@ -52,7 +52,7 @@ class Training:
         self.history: History = History()
         self.skips_in_a_row: int = 0
         self.is_done: bool = False
-        self.stay: list[nn.Module] = []
+        self.stay: list[nn.Module] = _parts_that_stay(modules)
 
     @property
     def step(self) -> int:
@@ -92,7 +92,6 @@ class Training:
         # The answers of the callbacks are gathered at each step, which every process must join if one has a callback.
         asked = any(distributed.gather(bool(callbacks)))
         modes = Modes(*self.modules)
-        self.stay = _parts_that_stay(self.modules)
         self._train(True)
         bar = Progress(options.num_steps, initial=self.step, show=progress and distributed.rank() == 0)
         try:

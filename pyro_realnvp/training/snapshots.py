@@ -47,10 +47,14 @@ class Modes:
     """The mode of each part of some modules, train or eval."""
 
     def __init__(self, *modules: nn.Module):
-        self.modes: list[tuple[nn.Module, bool]] = [(part, part.training) for one in modules for part in one.modules()]
+        self.whole: list[tuple[nn.Module, bool]] = [(module, module.training) for module in modules]
+        self.parts: list[tuple[nn.Module, bool]] = [(part, part.training) for one in modules for part in one.modules()]
 
     def restore(self) -> None:
-        for part, mode in self.modes:
+        """Gives each part its mode back, and parts that are new that of their module."""
+        for module, mode in self.whole:
+            module.train(mode)
+        for part, mode in self.parts:
             part.training = mode
 
 

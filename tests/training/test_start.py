@@ -139,3 +139,10 @@ def test_extreme_rows_that_have_set_the_scale_of_the_flows_own_standardization_a
     flow = rn.Flow(rn.Compose([rn.real_nvp(2, num_couplings=2), rn.Standardize(2).fit(x).inv]))
     with pytest.warns(RuntimeWarning, match="a few extreme rows have set the scale of its own Standardize"):
         rn.fit(flow, x, num_steps=2, validation=0, progress=False)
+
+
+def test_a_layer_that_is_added_has_the_mode_of_its_flow():
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2)).eval()
+    with pytest.warns(RuntimeWarning, match="Standardize"):
+        rn.fit(flow, 100 * torch.randn(60, 2), num_steps=2, progress=False)
+    assert not any(module.training for module in flow.modules())
