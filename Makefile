@@ -9,6 +9,9 @@ export MPLBACKEND ?= agg
 demo: .venv/plots  ## train two moons, print the numbers, write the pictures
 	$(BIN)/python examples/two_moons.py --out pictures
 
+# Two processes test at once, and more threads than cores wait for each other.
+test quick: export OMP_NUM_THREADS := 1
+
 test: .venv/test lint  ## run what CI runs: lint, tests, doctests, and the examples in short mode
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 

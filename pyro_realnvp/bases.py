@@ -274,7 +274,7 @@ class MixtureBase(nn.Module):
         locs = self.start_locs + (self.start_trils @ locs.unsqueeze(-1)).squeeze(-1)
         pieces = dist.MultivariateNormal(locs, scale_tril=temperature * trils, validate_args=False)
         categories = dist.Categorical(logits=self.start_logits + logits, validate_args=False)
-        return dist.MixtureSameFamily(categories, pieces, validate_args=False)
+        return NormalMixture(categories, pieces, validate_args=False)
 
     # As in ActNorm, the flag is a Python value, since code that branches on a buffer would wait for the GPU.
     def get_extra_state(self) -> Tensor:
@@ -282,6 +282,19 @@ class MixtureBase(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self._started = bool(state)
+
+
+class NormalMixture(dist.MixtureSameFamily):
+    """A mixture of normals that has empty batches, too, where torch's own class fails."""
+
+    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        return super().sample(sample_shape) if shape.numel() else self.component_distribution.loc.new_zeros(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if value.numel():
+            return super().log_prob(value)
+        return value.new_zeros(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
 
 
 def _resampled(x: Tensor, weights: Tensor | None, seed: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch.quasirandom import SobolEngine
 
 _NOISE_POINTS = 64
 _FEW_ROWS = 50  # fewer say nothing about ties
+_LEAST_NOISE = 1 / 64  # between two values of noise
 _MOST_COPIES = 0.05  # of the rows, above which a warning says that rows are repeated
 
 
@@ -50,17 +51,23 @@ class Columns:
     Args:
         support: as in :class:`RealNVPDensity`.
         X: the rows to fit.
-        names: the names of the columns, if they have any.
+        names: the labels of the columns of a data frame.
 
     Raises:
         ValueError: The support is not of a known form, or does not fit the columns.
     """
 
-    def __init__(self, support: str | Sequence[Any] | Mapping[Any, Any], X: np.ndarray, names: Sequence[str] = ()):
+    def __init__(self, support: str | Sequence[Any] | Mapping[Any, Any], X: np.ndarray, names: Sequence[Any] = ()):
         self.each: list[Column] = _columns(support, X.shape[1], names)
         self.low: np.ndarray = np.array([c.low for c in self.each], X.dtype)
         self.high: np.ndarray = np.array([c.high for c in self.each], X.dtype)
         self.is_integer: np.ndarray = np.array([c.is_integer for c in self.each])
+        largest = np.abs(X[:, self.is_integer]).max(initial=0)
+        if np.spacing(largest) > _LEAST_NOISE:
+            raise ValueError(
+                f"expected whole numbers that leave digits of {X.dtype} for the noise between them; got {largest:.6g}: "
+                "pass X in float64, or take such large numbers for real ones"
+            )
         self.period: np.ndarray = np.array([c.period or np.inf for c in self.each], X.dtype)
         self.cut: np.ndarray = np.array(
             [_emptiest(x, c.period) if c.period else -np.inf for x, c in zip(X.T, self.each)], X.dtype
@@ -70,6 +77,15 @@ class Columns:
         """Which rows lie inside of the support."""
         inside = np.where(self.is_integer, (X >= self.low) & (X == np.floor(X)), X > self.low)
         return (inside & (X < self.high)).all(1)
+
+    def check(self, X: np.ndarray) -> None:
+        """Raises an error if rows lie outside of the support."""
+        outside = X[~self.is_inside(X)]
+        if len(outside):
+            raise ValueError(
+                f"{len(outside)} of {len(X)} rows of X lie outside of the support, such as {outside[0]}: "
+                "pass another support=, or drop these rows"
+            )
 
     def unwrap(self, X: np.ndarray) -> np.ndarray:
         """The rows with each angle in the one period that begins at the cut."""
@@ -86,9 +102,11 @@ class Columns:
         if not self.is_integer.any():
             return x
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        # A noise of 0 would leave the number on a bound.
         noise = noise.clamp(torch.finfo(x.dtype).eps)
-        return torch.where(torch.from_numpy(self.is_integer).to(x.device), x.floor() + noise, x)
+        lowest = x.floor()
+        # Neither a noise of 0 nor rounding may leave the number on a bound.
+        inside = torch.nextafter(lowest, lowest + 1), torch.nextafter(lowest + 1, lowest)
+        return torch.where(torch.from_numpy(self.is_integer).to(x.device), (lowest + noise).clamp(*inside), x)
 
     def points(self, X: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
         """Points at which the densities of the flow, with these weights, add up to the density of each row."""
@@ -99,19 +117,23 @@ class Columns:
             for u in noise:
                 points = X.copy()
                 points[:, circles] += turns * self.period[circles]
-                points[:, self.is_integer] += u
+                whole = X[:, self.is_integer]
+                inside = np.nextafter(whole, whole + 1), np.nextafter(whole + 1, whole)
+                points[:, self.is_integer] = np.clip(whole + u, *inside)
                 yield points, 1 / len(noise)
 
 
-def _columns(support, num_columns: int, names: Sequence[str]) -> list[Column]:
+def _columns(support, num_columns: int, names: Sequence[Any]) -> list[Column]:
     columns = ["real"] * num_columns
     if isinstance(support, Mapping):
         for key, one in support.items():
-            column = list(names).index(key) if key in names else key
+            # Where labels are numbers themselves, a number that is none of them is no position either.
+            are_numbers = any(isinstance(name, numbers.Integral) for name in names)
+            column = list(names).index(key) if key in names else None if are_numbers else key
             if not isinstance(column, numbers.Integral) or not 0 <= column < num_columns:
                 raise ValueError(f"expected support to name columns of {list(names) or num_columns}; got {key!r}")
             columns[column] = one
-    elif isinstance(support, str) or _is_pair(support) or _is_circle(support):
+    elif isinstance(support, str) or _is_pair(support) or _is_circle(support) or _is_whole(support):
         columns = [support] * num_columns
     elif len(support) == num_columns:
         columns = list(support)
@@ -125,7 +147,7 @@ def _column(one) -> Column:
         return _NAMED[one]
     if _is_circle(one):
         return Column(period=float(one[1]))
-    if isinstance(one, (tuple, list)) and len(one) == 3 and one[0] == "integer" and _is_pair(one[1:]):
+    if _is_whole(one):
         _, low, high = one
         return Column(-math.inf if low is None else low, math.inf if high is None else high + 1, is_integer=True)
     if _is_pair(one):
@@ -140,6 +162,11 @@ def _column(one) -> Column:
 def _is_pair(support) -> bool:
     is_pair = isinstance(support, (tuple, list)) and len(support) == 2
     return is_pair and all(bound is None or isinstance(bound, numbers.Real) for bound in support)
+
+
+def _is_whole(support) -> bool:
+    is_triple = isinstance(support, (tuple, list)) and len(support) == 3
+    return is_triple and support[0] == "integer" and _is_pair(support[1:])
 
 
 def _is_circle(support) -> bool:

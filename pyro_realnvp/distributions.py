@@ -11,6 +11,7 @@ from torch.distributions import Distribution, constraints
 
 from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
+from .bijections.compose import Compose
 from .bijections.inputs import check_context, check_tensor
 from .bijections.memo import forget_param_store, is_eager
 from .bijections.shapes import for_inner_axes, inner_point, of_entries, strictly_inside, sum_events
@@ -75,7 +76,7 @@ class FlowDistribution(dist.TransformedDistribution):
             # On a bound the bijection is infinite, and its gradient nan. Any inner point stands in for the value there.
             value = torch.where(inside, value, inner_point(transform.codomain, value))
         x, ladj = transform._evaluate(value, forward=False, remember=False)
-        log_p = self.base_dist.log_prob(x) + self._sum(ladj)
+        log_p = self.base_dist.log_prob(x) + self._sum(ladj, value)
         if inside is None:
             return log_p
         return torch.where(sum_events(~inside, self.event_dim) == 0, log_p, -torch.inf)
@@ -96,7 +97,7 @@ class FlowDistribution(dist.TransformedDistribution):
             )
         x = self.base_dist.rsample(_shape(sample_shape))
         y, ladj = transform._evaluate(x, forward=True, remember=False)
-        return y, self.base_dist.log_prob(x) - self._sum(ladj)
+        return y, self.base_dist.log_prob(x) - self._sum(ladj, y)
 
     def expand(self, batch_shape: Sequence[int], _instance: dist.Distribution | None = None) -> "FlowDistribution":
         # Without an instance, torch refuses a class that has an __init__ of its own.
@@ -111,8 +112,12 @@ class FlowDistribution(dist.TransformedDistribution):
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
-    def _sum(self, ladj: Tensor) -> Tensor:
-        return sum_events(ladj, self.event_dim - self.transforms[0].codomain.event_dim)
+    def _sum(self, ladj: Tensor, value: Tensor) -> Tensor:
+        event_dim = self.transforms[0].codomain.event_dim
+        if self.event_dim == event_dim:
+            return ladj
+        # A bijection may return one number for all of the inner events.
+        return sum_events(ladj.expand(value.shape[: value.dim() - event_dim]), self.event_dim - event_dim)
 
 
 def _is_real(transform: Bijection) -> bool:
@@ -245,8 +250,8 @@ class Flow(nn.Module):
         if temperature != 1.0:
             if not base.mean.isfinite().all():
                 raise ValueError("expected a base with a mean, about which temperature scales it: use temperature=1")
-            scale = dist.transforms.AffineTransform((1 - temperature) * base.mean, temperature, len(base.event_shape))
-            base = dist.TransformedDistribution(base, [scale], validate_args=False)
+            scale = dist.transforms.AffineTransform((1 - temperature) * base.mean, temperature)
+            base = FlowDistribution(base, [Compose([scale])], validate_args=False)
         return FlowDistribution(base, [bijection])
 
     def embed(self, context: Tensor | None) -> Tensor | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
@@ -63,6 +64,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         n_features_in_ (int): the number of columns of X.
         feature_names_in_ (ndarray): the names of the columns, if X had any.
         n_context_in_ (int): the number of columns of the context, 0 for none.
+        context_scaler_ (StandardScaler): the map from contexts to the context of ``flow_``; only if :meth:`fit` had
+            one.
 
     Example:
         >>> from sklearn.datasets import load_iris
@@ -128,13 +131,16 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             RuntimeWarning: Training steps were skipped because they were not finite; or the density has no bound,
                 because columns hold undeclared whole numbers, or columns or many rows are copies of others.
         """
+        names = list(getattr(X, "columns", ()))
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=3)
-        self.n_context_in_ = 0 if context is None else np.shape(context)[-1]
-        context = self._check_context(context, X)
         if sample_weight is not None:
             sample_weight = check_weights(sample_weight, X)
         random = check_random_state(self.random_state)
         order = random.permutation(len(X) if sample_weight is None else np.flatnonzero(sample_weight))
+        if not 0 <= self.validation <= 1:
+            raise ValueError(f"expected validation from 0 to 1, a fraction of the rows; got {self.validation!r}")
+        if not self.noise >= 0:
+            raise ValueError(f"expected noise >= 0; got {self.noise!r}")
         num_held_out = max(1, int(self.validation * len(order))) if self.validation else 0
         if len(order) - num_held_out < 2:
             raise ValueError(
@@ -142,18 +148,18 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 "pass more rows, or a smaller validation="
             )
         held_out, rows = order[:num_held_out], order[num_held_out:]
-        self.columns_: Columns = Columns(self.support, X[order], getattr(self, "feature_names_in_", ()))
-        outside = X[order][~self.columns_.is_inside(X[order])]
-        if len(outside):
-            raise ValueError(
-                f"{len(outside)} of {len(X)} rows of X lie outside of the support, such as {outside[0]}: "
-                "pass another support=, or drop these rows"
-            )
+        self.columns_: Columns = Columns(self.support, X[order], names)
+        self.columns_.check(X[order])
         warn_of_ties(X[order], self.columns_)
         X = self.columns_.unwrap(X)
+        self.n_context_in_: int = 0
         if context is not None:
-            self.context_mean_ = np.average(context[rows], 0, None if sample_weight is None else sample_weight[rows])
-            self.context_scale_ = np.where((context[rows] == context[rows][0]).all(0), 1, context[rows].std(0))
+            is_trained_on = np.isin(np.arange(len(X)), rows)
+            weights = is_trained_on if sample_weight is None else is_trained_on * sample_weight
+            check_consistent_length(X, check_array(context, input_name="context"))
+            self.context_scaler_: StandardScaler = StandardScaler().fit(context, sample_weight=weights)
+            self.context_scaler_.set_output(transform="default")
+            self.n_context_in_ = self.context_scaler_.n_features_in_
         columns = (X, self._standard_context(context), sample_weight)
         train, apart = ([c if c is None else self._tensor(c[p]) for c in columns] for p in (rows, held_out))
         seeds = [int(seed) for seed in random.randint(2**31, size=2)]
@@ -220,7 +226,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=self.columns_.low.dtype, reset=False)
-        context = self._standard_context(self._check_context(context, X))
+        context = self._standard_context(context, X)
         scores = np.full(len(X), -np.inf, dtype=X.dtype)
         inside = np.flatnonzero(self.columns_.is_inside(X))
         with torch.no_grad():
@@ -257,8 +263,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 are not those of :meth:`fit`.
         """
         check_is_fitted(self)
-        if context is not None:
-            context = check_array(context, dtype=self.columns_.low.dtype, input_name="context")
+        context = self._standard_context(context)
         if n_samples is None:
             n_samples = 1 if context is None else len(context)
         if n_samples < 1:
@@ -270,9 +275,6 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                     "n_samples out to draw one row for each context"
                 )
             context = np.broadcast_to(context, (n_samples, context.shape[1]))
-        context = self._standard_context(
-            self._check_context(context, np.empty((n_samples, 0), self.columns_.low.dtype))
-        )
         with _seeded(check_random_state(random_state), self.device), torch.no_grad():
             density = self.flow_() if context is None else self.flow_(self._tensor(context))
             rows = density.sample((n_samples,) if context is None else ()).cpu().numpy()
@@ -281,14 +283,10 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.tensor(values, device=self.device)
 
-    def _standard_context(self, context: np.ndarray | None) -> np.ndarray | None:
-        return None if context is None else (context - self.context_mean_) / self.context_scale_
-
-    def _check_context(self, context, X: np.ndarray) -> np.ndarray | None:
-        if context is not None:
-            context = check_array(context, dtype=X.dtype, input_name="context")
-            check_consistent_length(X, context)
-        expected, got = self.n_context_in_, 0 if context is None else context.shape[1]
+    def _standard_context(self, context: ArrayLike | None, X: np.ndarray | None = None) -> np.ndarray | None:
+        """The context that the flow takes, checked."""
+        array = None if context is None else check_array(context, input_name="context")
+        expected, got = self.n_context_in_, 0 if array is None else array.shape[1]
         if got != expected:
             routing = (
                 ": pass context=; searches and cross-validation pass it on if you call "
@@ -299,7 +297,11 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 f"expected a context of {expected or 'no'} columns, as in fit; got {got or 'none'}"
                 + (routing if context is None else "")
             )
-        return context
+        if array is None:
+            return None
+        check_consistent_length(X, array)
+        # This checks the names of the columns, too. It is precise enough for seconds since 1970, unlike float32.
+        return self.context_scaler_.transform(context).astype(self.columns_.low.dtype)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def test_as_a_base():
     assert d.expand((5, 4)).sample((6,)).shape == (6, 5, 4, 2) and d.expand((4,)).log_prob(
         torch.zeros(4, 2).double()
     ).shape == (4,)
-    with pytest.raises(NotImplementedError, match="MixtureSameFamily has no rsample"):
+    with pytest.raises(NotImplementedError, match="NormalMixture has no rsample"):
         d.rsample_and_log_prob((3,))
     other = rn.Flow(small(2), base=rn.MixtureBase(2, num_components=3)).double()
     other.load_state_dict(flow.state_dict())
@@ -230,3 +230,13 @@ def test_a_tensor_as_temperature():
     flow = rn.Flow(perturb(rn.real_nvp(3)))
     y = torch.randn(2, 3)
     torch.testing.assert_close(flow(temperature=torch.tensor(0.5)).log_prob(y), flow(temperature=0.5).log_prob(y))
+
+
+def test_an_empty_batch_of_a_mixture():
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2), base=rn.MixtureBase(2, num_components=3))
+    assert flow().sample((0,)).shape == (0, 2)
+    conditional = rn.Flow(
+        rn.real_nvp(2, num_couplings=2, context_dim=1), base=rn.MixtureBase(2, num_components=3, context_dim=1)
+    )(torch.zeros(0, 1))
+    assert conditional.sample((5,)).shape == (5, 0, 2)
+    assert conditional.log_prob(torch.zeros(5, 0, 2)).shape == (5, 0)

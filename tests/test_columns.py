@@ -134,3 +134,17 @@ def test_score_refuses_weights_that_fit_refuses(weights):
     with pytest.raises(ValueError, match=r"sample.weight"):
         density.score(X, sample_weight=weights)
     assert np.isclose(density.score(X, sample_weight=2.0), density.score(X))
+
+
+def test_whole_numbers_of_float32_on_a_bound():
+    years = np.random.default_rng(0).integers(1900, 1903, (400, 1)).astype(np.float32)
+    density = quick(support=("integer", 1900, 1902), num_steps=100).fit(years)
+    p = np.exp(density.score_samples(np.array([[1900], [1901], [1902], [1903]], np.float32)))
+    np.testing.assert_allclose(p, [1 / 3, 1 / 3, 1 / 3, 0], atol=0.06)
+
+
+def test_large_whole_numbers_need_float64():
+    X = np.random.default_rng(0).integers(10**6, 2 * 10**6, (400, 1))
+    with pytest.raises(ValueError, match=r"float32 for the noise between them; got .*: pass X in float64"):
+        quick(support="integer").fit(X.astype(np.float32))
+    assert np.isfinite(quick(support="integer", num_steps=20).fit(X).score(X))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import io
+import math
 import pickle
 
 import pyro
@@ -43,11 +44,30 @@ def test_shapes():
 
 def test_an_empty_batch():
     bounded = rn.Flow(rn.Compose([moved_flow().bijection, rn.Logit(0).inv], event_shape=(2,)))
-    for d in (moved_flow()(), bounded()):
+    for d in (moved_flow()(), bounded(), moved_flow()(temperature=0.5)):
         assert d.log_prob(torch.zeros(0, 2)).shape == d.rsample_and_log_prob((0,))[1].shape == (0,)
     assert moved_flow(context_dim=3)(torch.zeros(0, 3)).log_prob(torch.zeros(0, 2)).shape == (0,)
     images = rn.Flow(rn.image_real_nvp((1, 4, 4), num_scales=1, hidden_channels=4, num_blocks=1))
     assert images().log_prob(torch.zeros(0, 1, 4, 4)).shape == (0,)
+
+
+class Scale(rn.Bijection):
+    """y = 2 x, whose log-det is one number for all rows."""
+
+    def forward_and_ladj(self, x, context=None):
+        return 2 * x, x.new_tensor(math.log(2) * x.shape[-1])
+
+    def inverse_and_ladj(self, y, context=None):
+        return y / 2, -y.new_tensor(math.log(2) * y.shape[-1])
+
+
+def test_one_log_det_counts_for_each_inner_event():
+    base = dist.Normal(torch.zeros(4, 3), 2.0).to_event(2)
+    y = torch.randn(5, 4, 3)
+    d = rn.Flow(Scale((3,)), event_shape=(4, 3))()
+    torch.testing.assert_close(d.log_prob(y), base.log_prob(y))
+    y, log_prob = d.rsample_and_log_prob((5,))
+    torch.testing.assert_close(log_prob, base.log_prob(y))
 
 
 def test_a_distribution_completes_its_base():

@@ -200,8 +200,31 @@ def test_samples_at_the_edge_of_the_support_are_inside():
 def test_a_constant_context_column_has_no_say():
     context = np.column_stack([RNG.normal(size=300), np.full(300, 0.1)])
     density = small().fit(X, context=context)
-    assert density.context_scale_[1] == 1
+    assert density.context_scaler_.scale_[1] == 1
     assert density.score(X, context=context + [0, 1e-6]) == pytest.approx(density.score(X, context=context), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_contexts_keep_their_own_precision(dtype):
+    """Seconds since 1970, of which float32 knows every 128th."""
+    seconds = 1.7e9 + RNG.uniform(0, 60, (1000, 1))
+    data = ((seconds - 1.7e9) / 60 + RNG.normal(0, 0.05, (1000, 1))).astype(dtype)
+    density = small(num_steps=300).fit(data, context=seconds)
+    assert density.sample(500, context=[[1.7e9 + 6]], random_state=0).mean() == pytest.approx(0.1, abs=0.05)
+    assert density.sample(context=seconds).dtype == dtype
+
+
+def test_contexts_by_the_names_of_columns():
+    frame = pandas.DataFrame({"a": RNG.normal(size=300), "b": RNG.normal(size=300)})
+    density = small(num_steps=20).fit(X, context=frame)
+    swapped = frame[["b", "a"]]
+    for call in (
+        lambda: density.score_samples(X, context=swapped),
+        lambda: density.sample(context=swapped),
+        lambda: density.score(X, context=frame.rename(columns={"a": "c"})),
+    ):
+        with pytest.raises(ValueError, match="feature names"):
+            call()
 
 
 def test_rows_without_weight_may_be_anything():
@@ -221,6 +244,13 @@ def test_supports_by_the_names_of_columns():
     assert density.score_samples(frame).shape == (100,)
     with pytest.raises(ValueError, match="feature names"):
         density.score_samples(frame[["z", "age", "share"]])
+
+
+def test_supports_by_the_numbers_that_label_columns():
+    frame = pandas.DataFrame({2: RNG.normal(size=100), 0: RNG.exponential(size=100)})
+    assert small(support={0: "positive"}).fit(frame).columns_.low.tolist() == [-np.inf, 0]
+    with pytest.raises(ValueError, match=r"expected support to name columns of \[2, 0\]; got 1"):
+        small(support={1: "positive"}).fit(frame)
 
 
 @table(
@@ -353,6 +383,8 @@ def test_noise_helps_where_rows_are_few():
         "no context": (lambda d: d.fit(X, context=X).score_samples(X), "context of 2 columns, as in fit; got none"),
         "no context to sample": (lambda d: d.fit(X, context=X).sample(3), "context of 2 columns, as in fit; got none"),
         "no samples": (lambda d: d.fit(X).sample(0), "n_samples >= 1"),
+        "negative part": (lambda d: d.set_params(validation=-0.1).fit(X), "validation from 0 to 1"),
+        "negative noise": (lambda d: d.set_params(noise=-1).fit(X), "noise >= 0"),
         "all held out": (lambda d: d.set_params(validation=1.0).fit(X), "two rows"),
     },
 )

@@ -233,8 +233,10 @@ def prepare(
                 "the rows to hold out yourself, and pass them as validation="
             )
     batch_size = min(256, len(indices)) if batch_size is None else batch_size
-    if not 0 < batch_size <= len(indices):
-        raise ValueError(f"expected a batch_size from 1 to {len(indices)}, the rows to train on; got {batch_size}")
+    if not isinstance(batch_size, int) or not 0 < batch_size <= len(indices):
+        raise ValueError(
+            f"expected a batch_size from 1 to {len(indices)}, the rows to train on, a whole number; got {batch_size!r}"
+        )
     if batch_size % distributed.count():
         raise ValueError(
             f"expected a batch_size that {distributed.count()} processes can share; got {batch_size}: pass a multiple"

@@ -125,7 +125,8 @@ def fit(
         ValueError: The rows do not have the flow's event shape, contain nan or inf, have a constant column, or are
             fewer than two or than a batch; contexts or weights do not match the rows; no row is left to train on or to
             hold out; an option is out of range; or the checkpoint belongs to another training or architecture.
-        RuntimeError: The checkpoint is damaged, or it cannot be written; the flow has the best weights so far.
+        RuntimeError: The checkpoint is damaged, or it cannot be written; the flow has the best weights so far. Or
+            gradients are disabled.
 
     Warns:
         RuntimeWarning: Steps were skipped, the loss could not be compiled, layers were added to the flow, held-out rows
@@ -151,6 +152,8 @@ def fit(
         patience=patience,
     )
     parameters = [p for p in flow.parameters() if p.requires_grad]
+    if not torch.is_grad_enabled():
+        raise RuntimeError("fit needs gradients, which are disabled here: call it outside of torch.no_grad()")
     if not parameters:
         raise ValueError("the flow has no parameter that requires a gradient: there is nothing to fit")
     seed, batch_size, validation = plain(seed), plain(batch_size), plain(validation)
@@ -176,6 +179,7 @@ def fit(
             "seed": seed,
             "batch_size": batch_size,
             "validation": split,
+            "frozen": [name for name, p in flow.named_parameters() if not p.requires_grad],
             "rows": [rows.mark() for rows in tables],
         }
         file.connect(flow, asdict(options) | settings, training=training, batches=batches)

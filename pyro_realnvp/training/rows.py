@@ -5,7 +5,7 @@ import math
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..distributions import Flow
 _ENTRIES_PER_PASS = 2**20
 _ROWS_PER_PASS = 4096
 _MARKED_ROWS = 1000
+_FINEST = 1e-3  # of the range of a column, the coarsest rounding that leaves its density alone
 
 
 class Batch(NamedTuple):
@@ -58,7 +59,12 @@ class Rows:
             raise ValueError(f"expected at least {'two rows' if train else 'one row'} of x; got {len(x)}")
         if context is not None:
             context = _checked(self.own, context, "context")
-            if tuple(context.shape[:1]) != (len(x),):
+            if context.ndim < 2:
+                raise ValueError(
+                    f"expected context of shape (N, context_dim); got {tuple(context.shape)}: pass context[:, None] if "
+                    "each row has one number"
+                )
+            if len(context) != len(x):
                 raise ValueError(
                     f"expected a context for each of the {len(x)} rows of x; got shape {tuple(context.shape)}"
                 )
@@ -73,10 +79,7 @@ class Rows:
         return Batch(*(None if values is None else self._tensor(values, rows) for values in self.columns))
 
     def _tensor(self, values: Tensor | np.ndarray, rows: Tensor) -> Tensor:
-        if isinstance(values, np.ndarray):
-            values = torch.from_numpy(values[rows.numpy()])
-        else:
-            values = values[rows.to(values.device)]
+        values = _read(values, rows)
         if values.is_floating_point():
             values = values.to(self.own.dtype)
         if self.own.is_cuda and not values.is_cuda:
@@ -84,7 +87,8 @@ class Rows:
         return values.to(self.own.device, non_blocking=True)
 
     def _check_values(self, train: bool) -> None:
-        """Reads all rows once, and raises an error for nan, inf and constant columns."""
+        """Reads all rows once, and raises an error for nan, inf, constant columns and lost digits."""
+        self._check_digits()
         first = self[torch.arange(1)].x.flatten()
         bad, varies, highest = Counter(), torch.zeros_like(first, dtype=torch.bool), 0
         for batch in self.in_order(torch.arange(len(self))):
@@ -105,13 +109,38 @@ class Rows:
                 stacklevel=6,
             )
 
+    def _check_digits(self) -> None:
+        """Raises an error if the flow's dtype is too coarse for numbers like these, such as seconds since 1970."""
+        own = torch.finfo(self.own.dtype)
+        for name, values in zip(Batch._fields[:2], self.columns):
+            if values is None or not _read(values, torch.arange(1)).is_floating_point():
+                continue
+            if torch.finfo(_read(values, torch.arange(1)).dtype).eps >= own.eps:
+                continue
+            parts = [_read(values, some).flatten(1) for some in self._passes(torch.arange(len(self)))]
+            low = torch.stack([part.amin(0) for part in parts]).amin(0)
+            high = torch.stack([part.amax(0) for part in parts]).amax(0)
+            largest = torch.maximum(low.abs(), high.abs())
+            too_large = (largest > own.max) & largest.isfinite()
+            lost = too_large | ((high > low) & (own.eps * largest > _FINEST * (high - low)))
+            if lost.any():
+                k = int(lost.nonzero()[0])
+                raise ValueError(
+                    f"column {k} of {name} runs from {low[k].item():.9g} to {high[k].item():.9g}, which the flow's "
+                    f"{self.own.dtype} is too coarse for: subtract a constant or rescale the column, or train in "
+                    "float64, after flow.double()"
+                )
+
     def in_order(self, rows: Tensor) -> Iterator[Batch]:
         """Yields the rows with these numbers once, in large batches."""
-        if not len(rows):  # this process may have no share of the held-out rows
-            return
-        entries = max(math.prod(self.columns.x.shape[1:]), 1)
-        for some in rows.split(min(_ROWS_PER_PASS, max(1, _ENTRIES_PER_PASS // entries))):
+        for some in self._passes(rows):
             yield self[some]
+
+    def _passes(self, rows: Tensor) -> Sequence[Tensor]:
+        if not len(rows):  # this process may have no share of the held-out rows
+            return ()
+        entries = max(math.prod(self.columns.x.shape[1:]), 1)
+        return rows.split(min(_ROWS_PER_PASS, max(1, _ENTRIES_PER_PASS // entries)))
 
     def weight(self, rows: Tensor) -> float:
         """The sum of the weights of the rows with these numbers."""
@@ -122,6 +151,13 @@ class Rows:
         some = self[torch.arange(0, len(self), math.ceil(len(self) / _MARKED_ROWS))]
         parts = [values.cpu().double().numpy().tobytes() for values in some if values is not None]
         return zlib.crc32(str(len(self)).encode() + b"".join(parts))
+
+
+def _read(values: Tensor | np.ndarray, rows: Tensor) -> Tensor:
+    """The rows with these numbers, as they are."""
+    if isinstance(values, np.ndarray):
+        return torch.from_numpy(values[rows.numpy()])
+    return values[rows.to(values.device)]
 
 
 def bad_rows(batch: Batch, support: constraints.Constraint | None) -> dict[str, int]:
@@ -174,6 +210,10 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None) -> Te
             return values
         # from_numpy shares memory, and takes only contiguous, writable arrays; np.require copies any other.
         return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    if values.layout != torch.strided:
+        raise TypeError(f"expected a dense {name}; got one of {values.layout}: pass {name}.to_dense()")
+    if values.requires_grad:
+        raise ValueError(f"expected a {name} without gradients, which a training would add up: pass {name}.detach()")
     if name == "context" and not is_floating:
         raise TypeError(
             f"expected context of the flow's {own.dtype}; got {values.dtype}: encode labels by "

@@ -218,6 +218,11 @@ def test_a_bad_checkpoint_is_refused(tmp_path, monkeypatch, damage, error, messa
     assert not (tmp_path / "was_here").exists()
 
 
+def frozen(flow):
+    flow.bijection.parts[0].requires_grad_(False)
+    return flow
+
+
 @table(
     ("options", "message"),
     {
@@ -231,6 +236,7 @@ def test_a_bad_checkpoint_is_refused(tmp_path, monkeypatch, damage, error, messa
         "widths": ({"flow": make_flow(hidden_dims=(9,))}, "out_features=9.*out_features=8"),
         "activation": ({"flow": make_flow(activation=nn.ReLU)}, r"ReLU\(\), where the file has .*Tanh\(\)"),
         "bound": ({"flow": make_flow(max_log_scale=2.0)}, "max_log_scale=2.0.*max_log_scale=3.0"),
+        "frozen": ({"flow": frozen(make_flow())}, r"frozen=\[\] there, \['bijection"),
         "precision": ({"data": X.double(), "flow": make_flow().double()}, "float64, where the file has .*float32"),
         "checkpoint_every": ({"checkpoint_every": 0}, "checkpoint_every >= 1"),
     },

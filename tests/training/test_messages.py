@@ -107,6 +107,42 @@ class Endless(IterableDataset):
             ValueError,
             r"columns \[1\] of x are constant",
         ),
+        "seconds since 1970": (
+            lambda: run(make_flow(), 1.7e9 + np.random.default_rng(0).uniform(0, 60, (64, 2))),
+            ValueError,
+            "column 0 of x runs from 1.7e.09 to .*float32 is too coarse for: subtract a constant",
+        ),
+        "seconds as contexts": (
+            lambda: run(
+                make_flow(context_dim=1),
+                torch.randn(64, 2),
+                context=1.7e9 + np.random.default_rng(0).uniform(0, 60, (64, 1)),
+            ),
+            ValueError,
+            "column 0 of context runs from 1.7e",
+        ),
+        "beyond float32": (
+            lambda: run(make_flow(), 1e39 * np.random.default_rng(0).normal(size=(64, 2))),
+            ValueError,
+            r"column 0 of x runs from -.*e\+39 .* too coarse",
+        ),
+        "rows with a graph": (
+            lambda: run(make_flow(), 2 * torch.randn(64, 2, requires_grad=True)),
+            ValueError,
+            "pass x.detach()",
+        ),
+        "sparse rows": (lambda: run(make_flow(), torch.randn(64, 2).to_sparse()), TypeError, "pass x.to_dense()"),
+        "flat contexts": (
+            lambda: run(make_flow(context_dim=1), torch.randn(64, 2), context=torch.randn(64)),
+            ValueError,
+            r"got \(64,\): pass context\[:, None\]",
+        ),
+        "half a row": (lambda: run(make_flow(), torch.randn(64, 2), batch_size=32.0), ValueError, "got 32.0"),
+        "without gradients": (
+            lambda: torch.no_grad()(run)(make_flow(), torch.randn(64, 2)),
+            RuntimeError,
+            "outside of torch.no_grad",
+        ),
         "generator to validate": (
             lambda: run(make_flow(), torch.randn(64, 2), validation=(torch.randn(8, 2) for _ in range(3))),
             ValueError,
