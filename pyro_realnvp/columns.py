@@ -218,7 +218,8 @@ def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
             f"{copies} of {len(X)} rows are copies of others, so that held-out rows are no test: drop them, and pass "
             "sample_weight= if they count more"
         )
-    standard = (X - X.mean(0)) / np.where(X.std(0) > 0, X.std(0), 1)
+    standard = X / np.abs(X).max(0, initial=np.finfo(X.dtype).tiny)  # squares of the values themselves may be infinite
+    standard = (standard - standard.mean(0)) / np.where(standard.std(0) > 0, standard.std(0), 1)
     for k in np.flatnonzero(is_real):
         same = [j for j in range(k) if is_real[j] and standard[:, k].any() and np.allclose(*standard[:, [j, k]].T)]
         if same:

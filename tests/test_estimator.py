@@ -227,6 +227,12 @@ def test_contexts_by_the_names_of_columns():
             call()
 
 
+@pytest.mark.parametrize("scale", [2.0**-600, 2.0**600])
+def test_a_scale_whose_square_is_no_number(scale):
+    scores = [small(num_steps=20).fit(rows).score_samples(rows[:9]) for rows in (X, scale * X)]
+    np.testing.assert_allclose(scores[1], scores[0] - 2 * np.log(scale), atol=1e-6)
+
+
 def test_rows_without_weight_may_be_anything():
     data, weights = np.abs(X), np.ones(300)
     data[0], weights[0] = -1, 0

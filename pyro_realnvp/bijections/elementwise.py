@@ -242,10 +242,13 @@ def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) 
     bad = (~rows.isfinite()).any(-1).sum()
     if bad:
         raise ValueError(f"expected finite values; got nan or inf in {bad} of {len(rows)} rows")
+    # A power of two near the largest value changes no digit, and no square of such a quotient is 0 or infinite.
+    unit = torch.exp2(rows.abs().amax(0).frexp().exponent.to(rows) - 1)
+    rows = rows / unit
     if weights is None:
         mean, std = rows.mean(0), rows.std(0)
     else:
         weights = weights.to(rows).reshape(-1) / weights.sum()
         mean = weights @ rows
         std = (weights @ (rows - mean).square() * (len(rows) / (len(rows) - 1))).sqrt()
-    return mean, torch.where((rows == rows[0]).all(0), 0.0, std)
+    return unit * mean, unit * torch.where((rows == rows[0]).all(0), 0.0, std)
