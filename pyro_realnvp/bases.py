@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base distributions as modules."""
 
-import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -314,6 +313,6 @@ def _mixture(rows: np.ndarray, num_components: int, kind: str, seed: int) -> Gau
 
 def _num_clusters(rows: np.ndarray) -> int:
     """The number of separate clusters, 1 if most rows belong to none."""
-    rows = rows[:: math.ceil(len(rows) / _MOST_CLUSTERED)]
+    rows = np.random.default_rng(0).permutation(rows)[:_MOST_CLUSTERED]  # every k-th row might be all of one kind
     labels = HDBSCAN(min_cluster_size=max(10, len(rows) // 20), copy=True).fit_predict(rows)
     return max(1, int(labels.max()) + 1) if (labels >= 0).mean() > _LEAST_CLUSTERED else 1

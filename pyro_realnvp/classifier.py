@@ -70,10 +70,12 @@ class RealNVPClassifier(ClassifierMixin, BaseEstimator):
         num_rows = len(validate_data(self, X, dtype=[np.float64, np.float32], reset=False))
         classes = np.eye(len(self.classes_))
         scores = np.stack([self.density_.score_samples(X, context=np.tile(c, (num_rows, 1))) for c in classes], 1)
-        # No class has a density outside of the support, where nothing but the priors is known.
-        scores = np.where(np.isneginf(scores).all(1, keepdims=True), 0, scores)
         with np.errstate(divide="ignore"):  # a prior may be 0
-            joint = scores + np.log(self.priors_)
+            log_priors = np.log(self.priors_)
+        joint = scores + log_priors
+        # No class has a density outside of the support, where nothing but the priors is known.
+        joint = np.where(np.isneginf(joint).all(1, keepdims=True), log_priors, joint)
+        joint = joint - joint.max(1, keepdims=True)  # far away, the sum of the classes is lost in rounding otherwise
         return joint - logsumexp(joint, axis=1, keepdims=True)
 
     def predict_proba(self, X: ArrayLike) -> np.ndarray:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the estimator knows or finds out about a table: the kinds of its columns, weights, ties."""
+"""The kinds of columns that a table may have, and its weights."""
 
 import math
 import numbers
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,9 +16,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 _NOISE_POINTS = 64
-_FEW_ROWS = 50  # fewer say nothing about ties
 _LEAST_NOISE = 1 / 64  # between two values of noise
-_MOST_COPIES = 0.05  # of the rows, above which a warning says that rows are repeated
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,9 @@ class Columns:
                 "pass X in float64, or take such large numbers for real ones"
             )
         self.period: np.ndarray = np.array([c.period or np.inf for c in self.each], X.dtype)
+        self.start: np.ndarray = np.array(
+            [_start(x, c.period) if c.period else -np.inf for x, c in zip(X.T, self.each)], X.dtype
+        )
         self.cut: np.ndarray = np.array(
             [_emptiest(x, c.period) if c.period else -np.inf for x, c in zip(X.T, self.each)], X.dtype
         )
@@ -89,13 +89,16 @@ class Columns:
 
     def unwrap(self, X: np.ndarray) -> np.ndarray:
         """The rows with each angle in the one period that begins at the cut."""
-        is_circle = np.isfinite(self.period)
-        period, cut = np.where(is_circle, self.period, 1), np.where(is_circle, self.cut, 0)
-        return np.where(is_circle, cut + (X - cut) % period, X)
+        return self._in_period(X, self.cut)
 
     def restore(self, X: np.ndarray) -> np.ndarray:
-        """Samples of the flow as rows of the table: whole numbers, and angles in one period."""
-        return self.unwrap(np.where(self.is_integer, np.floor(X), X))
+        """Samples of the flow as rows of the table: whole numbers, and angles in the period of the rows to fit."""
+        return self._in_period(np.where(self.is_integer, np.floor(X), X), self.start)
+
+    def _in_period(self, X: np.ndarray, start: np.ndarray) -> np.ndarray:
+        is_circle = np.isfinite(self.period)
+        period, start = np.where(is_circle, self.period, 1), np.where(is_circle, start, 0)
+        return np.where(is_circle, start + (X - start) % period, X)
 
     def add_noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Rows with new uniform noise in the columns of whole numbers, in place of any noise from before."""
@@ -174,6 +177,14 @@ def _is_circle(support) -> bool:
     return is_pair and isinstance(support[1], numbers.Real) and 0 < support[1] < math.inf
 
 
+def _start(angles: np.ndarray, period: float) -> float:
+    """The angle at which a period begins that has all of the angles in it, 0 or half of one below it if possible."""
+    for start in (0.0, -period / 2):
+        if (angles >= start).all() and (angles <= start + period).all():
+            return start
+    return float(angles.min())
+
+
 def _emptiest(angles: np.ndarray, period: float) -> float:
     """The middle of the widest arc without an angle, the point where a circle is cut open."""
     angles = np.unique(angles % period)
@@ -198,33 +209,3 @@ def check_weights(sample_weight: ArrayLike, X: np.ndarray) -> np.ndarray:
     if (weights < 0).any() or not (weights > 0).any():
         raise ValueError("expected sample weights >= 0, at least one of them positive; got negative ones, or all zero")
     return weights
-
-
-def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
-    """Warns of what lets a density rise without bound: whole numbers, copies of columns, copies of rows."""
-    if len(X) < _FEW_ROWS:
-        return
-    is_real = ~columns.is_integer
-    whole = np.flatnonzero(is_real & (X == np.floor(X)).all(0))
-    whole = [int(k) for k in whole if 1 < len(np.unique(X[:, k])) < len(X) / 2]
-    if whole:
-        _warn(
-            f"columns {whole[:10]} hold whole numbers, where a density has no bound, so that its scores mean little: "
-            f'pass support={{{whole[0]}: "integer"}} (or "count") for probabilities of the numbers'
-        )
-    copies = len(X) - len(np.unique(X, axis=0))
-    if is_real.any() and not whole and copies > max(1, _MOST_COPIES * len(X)):
-        _warn(
-            f"{copies} of {len(X)} rows are copies of others, so that held-out rows are no test: drop them, and pass "
-            "sample_weight= if they count more"
-        )
-    standard = X / np.abs(X).max(0, initial=np.finfo(X.dtype).tiny)  # squares of the values themselves may be infinite
-    standard = (standard - standard.mean(0)) / np.where(standard.std(0) > 0, standard.std(0), 1)
-    for k in np.flatnonzero(is_real):
-        same = [j for j in range(k) if is_real[j] and standard[:, k].any() and np.allclose(*standard[:, [j, k]].T)]
-        if same:
-            _warn(f"column {k} is a copy of column {same[0]}, where a density has no bound: drop one of them")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)

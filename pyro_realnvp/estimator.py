@@ -16,9 +16,10 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
-from .columns import Columns, check_weights, warn_of_ties
+from .columns import Columns, check_weights
 from .distributions import Flow
 from .table_flows import candidates, fading_noise, is_better, mixture_start, refit
+from .ties import warn_of_ties
 from .training.history import History
 from .training.maximum_likelihood import fit, start_may_be_best
 

@@ -50,7 +50,9 @@ def plot_density(
     axes = [torch.linspace(float(a), float(b), _GRID_POINTS) for a, b in zip(low - margin, high + margin)]
     grid = torch.stack(torch.meshgrid(*axes, indexing="xy"), -1).to(next(flow.parameters()))
     with torch.no_grad():
-        density = flow(*_given(context)).log_prob(grid).exp().cpu()
+        distribution, density = flow(*_given(context)), torch.zeros(grid.shape[:-1])
+        inside = distribution.support.check(grid)  # the margin may leave the support
+        density[inside.cpu()] = distribution.log_prob(grid[inside]).exp().float().cpu()
     ax = _axes(ax)
     ax.pcolormesh(axes[0].numpy(), axes[1].numpy(), density.numpy(), cmap="magma", shading="gouraud", rasterized=True)
     if x is not None:

@@ -240,3 +240,16 @@ def test_an_empty_batch_of_a_mixture():
     )(torch.zeros(0, 1))
     assert conditional.sample((5,)).shape == (5, 0, 2)
     assert conditional.log_prob(torch.zeros(5, 0, 2)).shape == (5, 0)
+
+
+def test_rows_in_turn_are_seen_alike():
+    """Two classes in turn, of which every second row is one."""
+    torch.manual_seed(0)
+    x = torch.stack([torch.randn(5000, 2) - 6, torch.randn(5000, 2) + 6], 1).reshape(-1, 2)
+    assert rn.MixtureBase.for_rows(x).num_components == 2
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2), base=rn.MixtureBase(2, num_components=2))
+    rn.fit(flow, x, validation=0, num_steps=1, progress=False)
+    torch.testing.assert_close(flow.base.start_locs[:, 0].sort().values, torch.tensor([-6.0, 6.0]), atol=0.2, rtol=0)
+    only = rn.Flow(rn.real_nvp(2, num_couplings=2), base=rn.MixtureBase(2, num_components=1))
+    rn.fit(only, x, weights=(torch.arange(len(x)) % 2).float(), validation=0, num_steps=1, progress=False)
+    assert only.base.start_locs[0, 0] == pytest.approx(6, abs=0.2)

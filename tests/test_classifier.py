@@ -79,3 +79,10 @@ def test_supports_by_the_names_of_columns_and_searches():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_probabilities_add_up_far_away():
+    y = RNG.integers(0, 2, 200)
+    X = RNG.normal(size=(200, 2)) + 3 * y[:, None]
+    classifier = rn.RealNVPClassifier(rn.RealNVPDensity(num_couplings=2, num_steps=20, random_state=0)).fit(X, y)
+    np.testing.assert_allclose(classifier.predict_proba([[1e6, 1e6], [1e9, 1e9], [-1e20, 0.0]]).sum(1), 1)

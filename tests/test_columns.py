@@ -148,3 +148,32 @@ def test_large_whole_numbers_need_float64():
     with pytest.raises(ValueError, match=r"float32 for the noise between them; got .*: pass X in float64"):
         quick(support="integer").fit(X.astype(np.float32))
     assert np.isfinite(quick(support="integer", num_steps=20).fit(X).score(X))
+
+
+@table(
+    ("angles", "period", "low"),
+    {
+        "longitudes": (lambda rng: rng.uniform(-180, 180, 300), 360, -180),
+        "hours": (lambda rng: rng.uniform(0, 24, 300), 24, 0),
+        "round the north": (lambda rng: rng.normal(0, 20, 300) % 360, 360, 0),
+    },
+)
+def test_angles_are_drawn_in_the_period_of_the_rows(angles, period, low):
+    X = angles(np.random.default_rng(0))[:, None]
+    samples = quick(support=("circular", period), num_steps=20).fit(X).sample(2000, random_state=0)
+    assert samples.min() >= low and samples.max() <= low + period
+
+
+@table(
+    ("change", "message"),
+    {
+        "half zero": (lambda X: np.c_[np.maximum(X[:, :1], 0), X[:, 1:]], "column 0 is 0 in .* rows"),
+        "a sum": (lambda X: np.c_[X, X.sum(1)], r"columns \[0, 1, 2, 3\] depend on each other linearly"),
+        "proportions": (lambda X: np.exp(X) / np.exp(X).sum(1, keepdims=True), "depend on each other linearly"),
+        "few rows": (lambda X: np.c_[X, X**2][:6], "6 rows of 6 columns lie in a plane"),
+    },
+)
+def test_rows_in_a_plane_are_named(change, message):
+    X = np.random.default_rng(0).normal(size=(200, 3))
+    with pytest.warns(RuntimeWarning, match=message):
+        quick(num_steps=2).fit(change(X))

@@ -83,3 +83,11 @@ def test_latent_space_of_a_mixture_shows_its_normals():
     assert len(ax.lines) == 3 * 3
     first = torch.from_numpy(ax.lines[0].get_xydata())
     torch.testing.assert_close(first.mean(0).float(), flow.base.start_locs[0], atol=0.05, rtol=0)
+
+
+def test_the_density_of_bounded_data():
+    flow = rn.Flow(rn.Compose([rn.real_nvp(2), rn.Unbound([0.0, 0.0], [torch.inf, torch.inf]).inv]))
+    x = torch.randn(200, 2).exp()
+    (mesh,) = plots.plot_density(flow, x).collections[:1]
+    density = mesh.get_array().reshape(200, 200)
+    assert density[0].max() == 0 < density.max()

@@ -2,6 +2,7 @@
 from functools import partial
 
 import helpers
+import pyro.distributions.transforms as T
 import pytest
 import torch
 from helpers import assert_same_state, perturb, table
@@ -63,3 +64,25 @@ def test_a_missing_file(tmp_path):
         rn.load(make_flow(), tmp_path / "flow.pt")
     with pytest.raises(RuntimeError, match="could not be written"):
         rn.save(make_flow(), tmp_path / "nowhere" / "flow.pt")
+
+
+@table(
+    ("saved", "other"),
+    {
+        "number": (lambda: T.AffineTransform(5.0, 3.0), lambda: T.AffineTransform(0.0, 1.0)),
+        "tensor": (lambda: T.AffineTransform(torch.ones(2), 1.0), lambda: T.AffineTransform(torch.zeros(2), 1.0)),
+        "inverse": (lambda: T.AffineTransform(5.0, 3.0).inv, lambda: T.AffineTransform(0.0, 1.0).inv),
+        "option of a module": (lambda: T.Spline(2, bound=3.0), lambda: T.Spline(2, bound=9.0)),
+    },
+)
+def test_constants_of_foreign_transforms_are_compared(tmp_path, saved, other):
+    def flow(transform):
+        return rn.Flow(rn.Compose([rn.real_nvp(2, num_couplings=2), transform]))
+
+    path = tmp_path / "flow.pt"
+    used = flow(saved())
+    used().log_prob(torch.rand(3, 2))
+    rn.save(used, path)
+    rn.load(flow(saved()), path)
+    with pytest.raises(ValueError, match="another architecture"):
+        rn.load(flow(other()), path)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter that makes a bijection of a transform of Pyro or torch."""
 
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import AffineTransform, Transform
 
 from .bijection import Bijection
 
@@ -47,8 +48,35 @@ class Foreign(Bijection):
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size(self.transform.inverse_shape(shape))
 
+    def architecture_repr(self) -> str:
+        """The options of the transform, which no state_dict holds."""
+        return _describe(self.transform)
+
     def _kinds(self) -> Counter[str]:
         return Counter([type(self.transform).__name__])
+
+
+def _describe(value: object) -> str:
+    """The class and the plain options of a transform and of its parts."""
+    if isinstance(value, Tensor):
+        values = value.detach().double().cpu().contiguous().numpy()
+        return f"{tuple(value.shape)} with checksum {zlib.crc32(values.tobytes())}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_describe, value))}]"
+    if not isinstance(value, Transform):
+        return repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
+    parts = vars(value) | (value._modules if isinstance(value, nn.Module) else {})
+    kinds = (bool, int, float, str, list, tuple, Transform, Tensor)
+    is_inverse = isinstance(value, type(AffineTransform(0, 1).inv))  # whose _inv is the transform itself
+    skipped = {"training"} if is_inverse else {"training", "_inv"}
+    options = {
+        name: part
+        for name, part in parts.items()
+        # A lazy property, whose value is there only once it has been used, is an attribute of the class.
+        if isinstance(part, kinds) and not hasattr(type(value), name)
+        if name not in skipped and not name.startswith("_cache")
+    }
+    return f"{type(value).__name__}({', '.join(f'{name}={_describe(part)}' for name, part in options.items())})"
 
 
 def _drop_cache(transform: Transform) -> None:

@@ -91,8 +91,10 @@ class Dequantized(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """A lower bound of log P(value) in nats, shaped like the batch. Each call draws new noise."""
         self._check(value)
-        if isinstance(value, Tensor) and value.dtype in _UNSIGNED:
-            value = value.long()  # since torch has no arithmetic of these types
+        value = value.long()  # 255 + 1 is 0 in uint8, and torch has no arithmetic of uint16
+        # The noise has an axis of its own, so that all others must be those of the result.
+        batch_shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
+        value = value.expand(batch_shape + self.event_shape)
         u, log_q = self._noise(value)
         bound = self.distribution.log_prob(self._real(value, u)) - log_q
         return bound.logsumexp(0) - math.log(self.num_samples) - self.event_shape.numel() * math.log(self.levels)

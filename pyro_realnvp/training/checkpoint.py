@@ -31,6 +31,8 @@ class Checkpoint:
             raise ValueError(f"expected checkpoint_every >= 1; got {every}")
         self.path = path
         self.every = every
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"expected checkpoint to be the path of a file; got the folder {path}")
         is_there = distributed.rank() == 0 and os.path.exists(path)
         self.found: dict[str, Any] | None = distributed.agree(read(path, _TRAINING) if is_there else None)
 
@@ -52,7 +54,11 @@ class Checkpoint:
         if self.found is None:
             return
         theirs = self.found["settings"]
-        differences = [f"{k}={theirs.get(k)!r} there, {v!r} here" for k, v in settings.items() if theirs.get(k) != v]
+        differences = [
+            f"{k}={theirs[k]!r} there, {v!r} here"
+            for k, v in settings.items()
+            if k in theirs and theirs[k] != v  # an older file lacks newer settings
+        ]
         if differences:
             raise ValueError(
                 f"{self.path} belongs to another training: {'; '.join(differences)}. Pass the options and the data "

@@ -13,7 +13,13 @@ from .rows import Batch
 def log_likelihood(flow: nn.Module, batch: Batch) -> Tensor:
     """log p(x | context) of each row, in nats."""
     distribution = flow() if batch.context is None else flow(batch.context)
-    return distribution.log_prob(batch.x)
+    log_prob = distribution.log_prob(batch.x)
+    if log_prob.shape != batch.x.shape[:1]:
+        raise ValueError(
+            f"expected one log-density for each of the {len(batch.x)} rows; got shape {tuple(log_prob.shape)}: declare "
+            "the axes of a row as an event by .to_event(), or flatten the axes before them"
+        )
+    return log_prob
 
 
 class Objective(nn.Module):

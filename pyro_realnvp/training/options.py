@@ -35,9 +35,9 @@ class LoopOptions:
             if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} > 0; got {getattr(self, name)!r}")
         for name in ("warmup", "averaging"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} from 0 to 1, a fraction of the steps; got {getattr(self, name)!r}")
-        if not self.weight_decay >= 0:
+        if not isinstance(self.weight_decay, (int, float)) or not self.weight_decay >= 0:
             raise ValueError(f"expected weight_decay >= 0; got {self.weight_decay!r}")
 
 

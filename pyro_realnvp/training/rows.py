@@ -198,7 +198,7 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None) -> Te
         kind = "a tensor or an array of integer levels" if integer else "a tensor or a floating-point array"
         raise TypeError(f"expected {name} to be {kind}; got {type(values).__name__}")
     is_floating = np.issubdtype(values.dtype, np.floating) if is_array else values.is_floating_point()
-    if integer and (is_floating or (is_array and not np.issubdtype(values.dtype, np.integer))):
+    if integer and (is_floating or (is_array and not np.issubdtype(values.dtype, np.integer) and values.dtype != bool)):
         raise TypeError(
             f"expected x to hold integer levels 0, ..., {levels - 1}; got values of {values.dtype}: if they are in "
             f"[0, 1], pass {_to_levels(levels)}; if they are levels, pass x.long()" + " of a tensor" * is_array
@@ -228,7 +228,7 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None) -> Te
 
 def _normalized(weights, num_rows: int) -> Tensor:
     """Checks the weights, and scales them to a mean of 1."""
-    weights = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights).double()
+    weights = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights).detach().double()
     if weights.shape != (num_rows,):
         raise ValueError(f"expected a weight for each of the {num_rows} rows of x; got shape {tuple(weights.shape)}")
     if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import perturb, table
 from pyro.infer import SVI, Trace_ELBO
+from scipy import stats
 from torch import nn
 
 import pyro_realnvp as rn
@@ -307,3 +308,28 @@ def test_interpolation():
     start, end = torch.randint(16, (1, 8, 8)), torch.randint(16, (1, 8, 8))
     way = rn.interpolate(images, start, end, 4)
     assert way.dtype == torch.int64 and torch.equal(way[0], start) and torch.equal(way[-1], end)
+
+
+@table(("dtype", "levels"), {str(d): (d, n) for d, n in ((torch.uint8, 256), (torch.int8, 128), (torch.int64, 256))})
+def test_the_highest_level_of_each_dtype(dtype, levels):
+    beta = stats.beta(5, 1.2)
+    base = dist.Beta(torch.full((1, 1, 1), 5.0), torch.full((1, 1, 1), 1.2)).to_event(3)
+    images = rn.Dequantized(base, levels=levels, num_samples=2000)
+    for level in (levels - 1, levels - 2, 0):
+        truth = np.log(beta.cdf((level + 1) / levels) - beta.cdf(level / levels))
+        value = torch.full((1, 1, 1), level, dtype=dtype)
+        assert images.log_prob(value).item() == pytest.approx(truth, abs=0.05)
+
+
+def test_a_value_scored_for_all_contexts_at_once():
+    b = perturb(rn.real_nvp(2, context_dim=3))
+    images = rn.DequantizedFlow(rn.Flow(rn.Compose([b, rn.Logit().inv])), levels=17)
+    x = torch.tensor([3, 12])
+    for num_samples in (1, 3, 4):
+        p = images(torch.eye(3), num_samples=num_samples)
+        torch.manual_seed(1)
+        together = p.log_prob(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(together, p.log_prob(x.expand(3, 2)))
+        assert together.shape == (3,)
+    assert images(torch.eye(3)[:, None]).log_prob(torch.randint(17, (5, 2))).shape == (3, 5)

@@ -101,6 +101,22 @@ def test_streams_are_resumed(tmp_path):
     assert_same(train(path, Stream()), train(None, Stream()))
 
 
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_a_random_stream_is_resumed_from_its_first_batch(tmp_path, monkeypatch, looks_ahead):
+    """Before the first step a vector flow looks at a batch, while an image flow does not."""
+    if not looks_ahead:
+        monkeypatch.setattr("pyro_realnvp.training.maximum_likelihood.start", lambda *args, **options: None)
+
+    def stream():
+        while True:
+            yield torch.randn(32, 2)
+
+    path = tmp_path / "run.pt"
+    train(path, stream(), stop_at=4)  # before the first checkpoint at an interval
+    torch.manual_seed(99)
+    assert_same(train(path, stream()), train(None, stream()))
+
+
 @pytest.mark.parametrize("ending", ["finished", "early", "callback"])
 def test_a_finished_training_is_loaded(tmp_path, ending):
     path = tmp_path / "run.pt"

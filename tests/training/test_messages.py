@@ -8,10 +8,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import make_flow, table
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_realnvp as rn
-from pyro_realnvp.training import batches
+from pyro_realnvp.training import streams
 
 
 def run(flow, x, **options):
@@ -40,6 +41,15 @@ def on_bounds():
     x = torch.rand(64, 2)
     x[5], x[9, 1] = 0.0, 1.0
     return x
+
+
+class Entries(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(4))
+
+    def forward(self):
+        return dist.Normal(self.loc, 1.0)
 
 
 class Endless(IterableDataset):
@@ -143,6 +153,27 @@ class Endless(IterableDataset):
             RuntimeError,
             "outside of torch.no_grad",
         ),
+        "axes of a row that are no event": (
+            lambda: run(Entries(), torch.randn(64, 4)),
+            ValueError,
+            r"one log-density for each of the \d+ rows; got shape .*by .to_event\(\)",
+        ),
+        "dicts in a loader": (
+            lambda: run(make_flow(), DataLoader([{"x": torch.randn(2)}] * 64, 16)),
+            TypeError,
+            "expected batches of tensors.*got dict",
+        ),
+        "no validation": (
+            lambda: run(make_flow(), torch.randn(64, 2), validation=None),
+            TypeError,
+            "got NoneType: pass 0 to hold out none",
+        ),
+        "one callback": (
+            lambda: run(make_flow(), torch.randn(64, 2), callbacks=print),
+            TypeError,
+            r"pass callbacks=\[print\]",
+        ),
+        "no averaging": (lambda: run(make_flow(), torch.randn(64, 2), averaging=None), ValueError, "averaging from 0"),
         "generator to validate": (
             lambda: run(make_flow(), torch.randn(64, 2), validation=(torch.randn(8, 2) for _ in range(3))),
             ValueError,
@@ -174,7 +205,7 @@ def test_errors(call, error, message):
 
 
 def test_endless_validation_data(monkeypatch):
-    monkeypatch.setattr(batches, "_MOST_BATCHES", 10)
+    monkeypatch.setattr(streams, "_MOST_BATCHES", 10)
     with pytest.raises(ValueError, match="expected validation data that end; got 10 batches"):
         run(make_flow(), torch.randn(64, 2), validation=DataLoader(Endless(), batch_size=4))
     assert len(run(make_flow(), DataLoader(Endless(), batch_size=4)).loss) == 20

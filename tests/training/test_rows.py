@@ -53,3 +53,9 @@ def test_marks_of_many_rows_stay_inside():
     rows = Rows(make_flow(seed=1), X)
     rows.columns = Batch(torch.zeros(1, 2).expand(2**24 + 4, 2))
     assert isinstance(rows.mark(), int)
+
+
+def test_weights_keep_their_graph_to_themselves():
+    weights = torch.rand(400, requires_grad=True)
+    assert run(X, weights=weights)[1].loss == pytest.approx(run(X, weights=weights.detach())[1].loss)
+    assert weights.grad is None

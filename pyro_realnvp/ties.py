@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warnings of tables whose density has no bound."""
+
+import warnings
+
+import numpy as np
+
+from .columns import Columns
+
+_FEW_ROWS = 50  # fewer say nothing about ties
+_MOST_TIES = 0.1  # of the rows, above which a warning says that a value is repeated,
+_TIMES_AS_OFTEN = 10  # if it is so much more frequent than others
+_MOST_COPIES = 0.05  # of the rows, above which a warning says that rows are repeated
+_LEAST_VARIANCE = 1e-12  # of standardized rows, below which they lie in a plane
+_PART_OF_DIRECTION = 0.05
+
+
+def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
+    """Warns of what lets a density rise without bound: whole numbers, copies of columns, copies of rows."""
+    is_real = ~columns.is_integer & ~np.isfinite(columns.period)
+    if len(X) <= is_real.sum():
+        _warn(
+            f"{len(X)} rows of {is_real.sum()} columns lie in a plane, beside which a density has no bound: reduce the "
+            "columns first, for example by sklearn.decomposition.PCA, or pass more rows"
+        )
+    if len(X) < _FEW_ROWS:
+        return
+    whole = np.flatnonzero(is_real & (X == np.floor(X)).all(0))
+    whole = [int(k) for k in whole if 1 < len(np.unique(X[:, k])) < len(X) / 2]
+    if whole:
+        _warn(
+            f"columns {whole[:10]} hold whole numbers, where a density has no bound, so that its scores mean little: "
+            f'pass support={{{whole[0]}: "integer"}} (or "count") for probabilities of the numbers'
+        )
+    for k in np.flatnonzero(is_real):
+        values, counts = np.unique(X[:, k], return_counts=True)
+        # Values that were rounded are all repeated, as in iris.
+        stands_out = counts.max() > max(_MOST_TIES * len(X), _TIMES_AS_OFTEN * np.median(counts))
+        if len(values) > 1 and k not in whole and stands_out:
+            _warn(
+                f"column {k} is {values[counts.argmax()]:.6g} in {counts.max()} of {len(X)} rows, where a density has "
+                "no bound: model these rows apart, or add noise to the column"
+            )
+    copies = len(X) - len(np.unique(X, axis=0))
+    if is_real.any() and not whole and copies > max(1, _MOST_COPIES * len(X)):
+        _warn(
+            f"{copies} of {len(X)} rows are copies of others, so that held-out rows are no test: drop them, and pass "
+            "sample_weight= if they count more"
+        )
+    standard = X / np.abs(X).max(0, initial=np.finfo(X.dtype).tiny)  # squares of the values themselves may be infinite
+    standard = (standard - standard.mean(0)) / np.where(standard.std(0) > 0, standard.std(0), 1)
+    copied = set()
+    for k in np.flatnonzero(is_real):
+        same = [j for j in range(k) if is_real[j] and standard[:, k].any() and np.allclose(*standard[:, [j, k]].T)]
+        if same:
+            copied.add(k)
+            _warn(f"column {k} is a copy of column {same[0]}, where a density has no bound: drop one of them")
+    varied = [k for k in np.flatnonzero(is_real) if k not in copied and standard[:, k].any()]
+    dependent = _dependent(standard[:, varied].astype(np.float64))
+    if len(dependent):
+        _warn(
+            f"columns {[int(varied[k]) for k in dependent[:10]]} depend on each other linearly, so that all rows lie "
+            "in a plane, where a density has no bound: drop one of these columns"
+        )
+
+
+def _dependent(standard: np.ndarray) -> np.ndarray:
+    """The standardized columns of the direction in which the rows do not vary, if there is one."""
+    if standard.shape[1] < 2 or len(standard) <= standard.shape[1]:
+        return np.zeros(0, dtype=int)
+    variances, directions = np.linalg.eigh(standard.T @ standard / len(standard))
+    is_plane = variances[0] < _LEAST_VARIANCE
+    return np.flatnonzero(np.abs(directions[:, 0]) > _PART_OF_DIRECTION) if is_plane else np.zeros(0, dtype=int)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
