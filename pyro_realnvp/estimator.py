@@ -45,7 +45,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             for angles and hours (``"circular"``: 2 pi). A sequence gives each column its own; a dict does so by column
             name or number and leaves the other columns real. Whole numbers are dequantized: they get uniform noise,
             and their scores are probabilities (Theis et al. 2016, section 3.1). On a circle, scores add up over its
-            turns.
+            turns, and samples lie in the period that X lies in.
         noise: the standard deviation of the noise at the start of training, as a fraction of the standard deviation of
             the rows in each direction; 0 for none.
         num_components: the number of normals in the base, a :class:`MixtureBase` if there are several. ``"auto"``
@@ -130,7 +130,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
 
         Warns:
             RuntimeWarning: Training steps were skipped because they were not finite; or the density has no bound,
-                because columns hold undeclared whole numbers, or columns or many rows are copies of others.
+                because columns hold undeclared whole numbers, repeat one value, are copies of others or depend on them
+                linearly, or many rows are copies of others.
         """
         names = list(getattr(X, "columns", ()))
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=3)
