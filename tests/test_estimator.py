@@ -33,6 +33,7 @@ def small(**options):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* rows of 30 columns lie in a plane:RuntimeWarning")
 @parametrize_with_checks(
     [small(num_couplings=2, num_steps=5), small(num_couplings=2, num_steps=5, support=(-1e6, None))]
 )
