@@ -11,6 +11,7 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import AffineTransform, Transform
 
 from .bijection import Bijection
+from .shapes import sum_events
 
 
 class Foreign(Bijection):
@@ -30,7 +31,7 @@ class Foreign(Bijection):
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _drop_cache(self.transform)  # The cache may be stale.
         y = self.transform(x)
-        ladj = self.transform.log_abs_det_jacobian(x, y)
+        ladj = self._summed(self.transform.log_abs_det_jacobian(x, y), x)
         # A filled cache would keep the graph alive, and the transform could not be copied.
         _drop_cache(self.transform)
         return y, ladj
@@ -38,9 +39,13 @@ class Foreign(Bijection):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _drop_cache(self.transform)
         x = self.transform.inv(y)
-        ladj = -self.transform.log_abs_det_jacobian(x, y)
+        ladj = -self._summed(self.transform.log_abs_det_jacobian(x, y), x)
         _drop_cache(self.transform)
         return x, ladj
+
+    def _summed(self, ladj: Tensor, x: Tensor) -> Tensor:
+        """Torch's StackTransform has events of one axis, but returns a log-determinant for each of their entries."""
+        return sum_events(ladj, max(0, ladj.dim() - x.dim() + self.domain.event_dim))
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size(self.transform.forward_shape(shape))

@@ -64,6 +64,15 @@ def test_a_part_may_return_one_log_determinant_for_all_rows():
     )
 
 
+def test_a_transform_with_a_log_determinant_for_each_entry_of_its_events():
+    """Torch's StackTransform says that its events have one axis, and sums over none."""
+    stack = T.StackTransform([T.ExpTransform(), T.identity_transform, T.SigmoidTransform()], dim=-1)
+    f, x = rn.Compose([rn.Permute(torch.tensor([2, 0, 1])), stack]).double(), torch.randn(5, 3).double()
+    truth = torch.stack([torch.autograd.functional.jacobian(f, row).slogdet()[1] for row in x])
+    torch.testing.assert_close(f.forward_and_ladj(x)[1], truth)
+    torch.testing.assert_close(f.inverse_and_ladj(f(x))[1], -truth)
+
+
 def test_compose_sums_elementwise_parts_over_the_event():
     x = torch.rand(5, 2) + 0.5
     f = rn.Compose([T.ExpTransform().inv, rn.Permute(torch.tensor([1, 0]))])
