@@ -16,7 +16,8 @@ _PART_OF_DIRECTION = 0.05
 
 
 def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
-    """Warns of what lets a density rise without bound: whole numbers, copies of columns, copies of rows."""
+    """Warns of what lets a density rise without bound: whole numbers, repeated values, copies of columns and of rows,
+    and rows that lie in a plane."""
     is_real = ~columns.is_integer & ~np.isfinite(columns.period)
     if len(X) <= is_real.sum():
         _warn(
