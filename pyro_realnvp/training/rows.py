@@ -122,7 +122,7 @@ class Rows:
             high = torch.stack([part.amax(0) for part in parts]).amax(0)
             largest = torch.maximum(low.abs(), high.abs())
             too_large = (largest > own.max) & largest.isfinite()
-            lost = too_large | ((high > low) & (own.eps * largest > _FINEST * (high - low)))
+            lost = too_large | ((high > low) & (own.eps * largest > max(_FINEST, 4 * own.eps) * (high - low)))
             if lost.any():
                 k = int(lost.nonzero()[0])
                 raise ValueError(

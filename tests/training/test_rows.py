@@ -55,6 +55,13 @@ def test_marks_of_many_rows_stay_inside():
     assert isinstance(rows.mark(), int)
 
 
+def test_arrays_serve_a_flow_of_16_bits():
+    flow = make_flow(seed=1).bfloat16()
+    assert len(run(X.double().numpy(), flow)[1].loss) == 40
+    with pytest.raises(ValueError, match="bfloat16 is too coarse"):
+        run(X.double().numpy() + 100, flow)
+
+
 def test_weights_keep_their_graph_to_themselves():
     weights = torch.rand(400, requires_grad=True)
     assert run(X, weights=weights)[1].loss == pytest.approx(run(X, weights=weights.detach())[1].loss)
