@@ -20,7 +20,7 @@ from torch import nn
 from pyro_realnvp import Flow, MixtureBase, fit, plots, real_nvp
 
 parser = argparse.ArgumentParser(description="Learn the posterior of the two moons simulator.")
-parser.add_argument("--num-steps", type=int, default=20_000)
+parser.add_argument("--num-steps", type=int, default=30_000)
 parser.add_argument("--out", type=Path, help="folder for the pictures; by default they are shown")
 args, _ = parser.parse_known_args()
 pyro.set_rng_seed(0)
