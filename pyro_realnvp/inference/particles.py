@@ -57,6 +57,12 @@ class Particles:
         return self.density.is_mapped
 
     @property
+    def has_latents_of_rows(self) -> bool:
+        """Whether a latent is under a plate that draws subsamples."""
+        nodes, plates = self.density.trace.nodes, self.density.plates
+        return any(frame.name in plates for name in self.density.latents for frame in nodes[name]["cond_indep_stack"])
+
+    @property
     def piece(self) -> int:
         """How many draws fit into the memory."""
         return max(1, self.density.memory // max(1, self.density.bytes_per_draw + self.bytes_per_draw))
@@ -84,7 +90,14 @@ class Particles:
 
     @torch.no_grad()
     def log_weights(self, count: int, passes: list[Pass]) -> tuple[Point, Tensor]:
-        """Draws, and the logarithms of their weights, ``(count,)``, with all rows of `passes`."""
+        """Draws, and the logarithms of their weights, ``(count,)``, with all rows of `passes`.
+
+        Where rows have latents of their own, each pass has new draws, for its rows. Then only the mean is that of all
+        rows.
+        """
+        if self.has_latents_of_rows and len(passes) > 1:
+            each = [(weight, *self.log_weights(count, [(1.0, rows)])) for weight, rows in passes]
+            return each[-1][1], sum(weight * log_weights for weight, _, log_weights in each)
         drawn = [self.draw(n, passes[0][1], False)[:2] for n in self._sizes(count)]
         weights = [self.density.mean_over(points, passes) - log_q for points, log_q in drawn]
         points = [points for points, _ in drawn]

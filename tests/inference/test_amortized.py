@@ -136,3 +136,28 @@ def test_draws_medians_and_quantiles_of_an_amortized_guide():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+class RowsEncoder(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(pyro.subsample(x, event_dim=1))
+
+
+def test_latents_of_subsampled_rows_are_validated_with_their_own_draws():
+    """q(z_i) = N(0.8 x_i, 0.2) is the posterior, so the ELBO reaches the evidence."""
+    x = 1.25**0.5 * torch.randn(40, 1)
+
+    def plate(x):
+        return pyro.plate("rows", len(x), subsample_size=7, dim=-1)
+
+    def model(x):
+        with plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=pyro.subsample(x, event_dim=1))
+
+    guide = rn.AmortizedRealNVP(model, RowsEncoder(1, 4), context_dim=4, create_plates=plate)
+    history = rn.fit_guide(guide, x, num_steps=300, seed=0, progress=False)
+    evidence = dist.Normal(0.0, 1.25**0.5).log_prob(x).sum().item()
+    assert history.best_step > 0 and history.best_loss == pytest.approx(-evidence, abs=1.5)
+    with pytest.raises(ValueError, match=r"expected plates that show all rows.*\['rows'\]"):
+        rn.diagnose(guide, x)
