@@ -57,7 +57,12 @@ class PulledBack:
         check_argument_names(self.model, function, args)
         values = values_of(run(self.model, guide, args, kwargs))
         self.density: LogDensity = LogDensity(self.model, args, kwargs, values=values, memory=memory)
-        self.base: TorchDistribution = guide.get_base_dist()
+        try:
+            self.base: TorchDistribution = guide.get_base_dist()
+        except NotImplementedError:  # as in AutoLowRankMultivariateNormal
+            raise TypeError(
+                f"expected a guide with a transform, such as AutoRealNVP; got {type(guide).__name__}"
+            ) from None
         if isinstance(guide, GuideBase) and guide.draws_all_at_once:
             guide.set_coordinates(self.density)
             self.transform: Transform = guide.own("transform")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import YEAR, Y, fitted, rough, table, two_modes, uncentered
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
 import pyro_realnvp as rn
 from pyro_realnvp.inference.chains import Chains
@@ -319,3 +319,14 @@ def without_latents():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_guide_without_a_transform_is_refused():
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    guide = AutoLowRankMultivariateNormal(model)
+    rn.fit_guide(guide, num_steps=5, progress=False)
+    with pytest.raises(TypeError, match=r"a guide with a transform.*got AutoLowRankMultivariateNormal"):
+        rn.sample_posterior(guide, progress=False)
