@@ -153,6 +153,15 @@ def test_a_foreign_part_is_not_stale():
     assert not torch.equal(d.log_prob(x), before)
 
 
+def test_the_inverse_of_a_foreign_part_is_not_stale():
+    transform = T.AffineTransform(torch.zeros(2), torch.ones(2))
+    f, y = rn.Compose([transform.inv]), torch.randn(5, 2)
+    x = f(y)
+    f.log_abs_det_jacobian(y, x)
+    transform.scale = torch.full((2,), 3.0)
+    torch.testing.assert_close(f.log_abs_det_jacobian(y, x), torch.full((5, 2), -math.log(3)))
+
+
 @pytest.mark.slow
 def test_a_log_scale_beyond_the_bound_comes_back():
     """Behind a hard clip the raw value runs away, and it never returns, since its gradient is zero there."""

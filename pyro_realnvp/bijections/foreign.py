@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import AffineTransform, Transform
+from torch.distributions.transforms import Transform
 
 from .bijection import Bijection
+from .memo import own_attributes
 from .shapes import sum_events
 
 
@@ -70,16 +71,13 @@ def _describe(value: object) -> str:
         return f"[{', '.join(map(_describe, value))}]"
     if not isinstance(value, Transform):
         return repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
-    parts = vars(value) | (value._modules if isinstance(value, nn.Module) else {})
+    parts = own_attributes(value) | (value._modules if isinstance(value, nn.Module) else {})
     kinds = (bool, int, float, str, list, tuple, Transform, Tensor)
-    is_inverse = isinstance(value, type(AffineTransform(0, 1).inv))  # whose _inv is the transform itself
-    skipped = {"training"} if is_inverse else {"training", "_inv"}
     options = {
         name: part
         for name, part in parts.items()
         # A lazy property, whose value is there only once it has been used, is an attribute of the class.
-        if isinstance(part, kinds) and not hasattr(type(value), name)
-        if name not in skipped and not name.startswith("_cache")
+        if isinstance(part, kinds) and not hasattr(type(value), name) and name != "training"
     }
     return f"{type(value).__name__}({', '.join(f'{name}={_describe(part)}' for name, part in options.items())})"
 

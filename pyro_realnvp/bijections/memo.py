@@ -4,12 +4,12 @@
 import operator
 import weakref
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import ExpTransform, Transform
 from torch.distributions.constraints import Constraint
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -149,19 +149,20 @@ class _Reads:
                 for hooks in (item._forward_hooks, item._forward_pre_hooks):
                     self._watched.append(hooks)
                     self.values += hooks.values()
-                own = {name: value for name, value in vars(item).items() if name not in _OF_MODULES}
                 # A user's class, too, may hold tensors, numbers and containers as plain attributes.
                 if isinstance(item, (Transform, Constants)):
                     self._watched.append(vars(item))
                     kinds = Tensor, Transform, int, float, str, tuple, list, dict, set, np.ndarray
-                    stack += [v for name, v in own.items() if isinstance(v, kinds) and not _is_cache(name)]
+                    own = own_attributes(item).items()
+                    stack += [v for name, v in own if name not in _OF_MODULES and isinstance(v, kinds)]
                 else:
+                    own = {name: value for name, value in vars(item).items() if name not in _OF_MODULES}
                     options = {name: value for name, value in own.items() if isinstance(value, (int, float, str))}
                     self._options += [(vars(item), name) for name in options]
                     stack += options.values()
             elif isinstance(item, Transform):
                 self._watched.append(vars(item))
-                stack.extend(value for name, value in vars(item).items() if not _is_cache(name))
+                stack.extend(own_attributes(item).values())
             elif isinstance(item, tuple):
                 stack.extend(item)
             elif item is None or isinstance(item, (int, float, str, Constraint)):
@@ -207,8 +208,17 @@ class _Reads:
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
-def _is_cache(name: str) -> bool:
-    return name == "_inv" or name.startswith("_cache")
+_Inverse = type(ExpTransform().inv)
+
+
+def own_attributes(transform: object) -> dict[str, Any]:
+    """The attributes of a transform, or of a map that is none, without caches.
+
+    The `_inv` of torch's inverse is the transform that it inverts; that of any other transform is only its inverse.
+    """
+    is_inverse = isinstance(transform, _Inverse)
+    own = {name: value for name, value in vars(transform).items() if is_inverse or name != "_inv"}
+    return {name: value for name, value in own.items() if not name.startswith("_cache")}
 
 
 def forget_param_store(module: nn.Module) -> None:
