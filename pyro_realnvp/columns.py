@@ -66,11 +66,9 @@ class Columns:
                 "pass X in float64, or take such large numbers for real ones"
             )
         self.period: np.ndarray = np.array([c.period or np.inf for c in self.each], X.dtype)
-        self.start: np.ndarray = np.array(
-            [_start(x, c.period) if c.period else -np.inf for x, c in zip(X.T, self.each)], X.dtype
-        )
-        self.cut: np.ndarray = np.array(
-            [_emptiest(x, c.period) if c.period else -np.inf for x, c in zip(X.T, self.each)], X.dtype
+        self.start, self.cut = (
+            np.array([find(x, c.period) if c.period else -np.inf for x, c in zip(X.T, self.each)], X.dtype)
+            for find in (_start, _emptiest)
         )
 
     def is_inside(self, X: np.ndarray) -> np.ndarray:

@@ -33,11 +33,11 @@ def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
             f"columns {whole[:10]} hold whole numbers, where a density has no bound, so that its scores mean little: "
             f'pass support={{{whole[0]}: "integer"}} (or "count") for probabilities of the numbers'
         )
-    for k in np.flatnonzero(is_real):
+    for k in np.setdiff1d(np.flatnonzero(is_real), whole):
         values, counts = np.unique(X[:, k], return_counts=True)
         # Values that were rounded are all repeated, as in iris.
         stands_out = counts.max() > max(_MOST_TIES * len(X), _TIMES_AS_OFTEN * np.median(counts))
-        if len(values) > 1 and k not in whole and stands_out:
+        if len(values) > 1 and stands_out:
             _warn(
                 f"column {k} is {values[counts.argmax()]:.6g} in {counts.max()} of {len(X)} rows, where a density has "
                 "no bound: model these rows apart, or add noise to the column"

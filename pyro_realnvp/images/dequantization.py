@@ -14,8 +14,6 @@ from ..bijections.inputs import check_event_shape
 from ..distributions import Flow
 from .multi_scale import check_image_shape
 
-_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
-
 
 class Dequantized(dist.TorchDistribution):
     r""":math:`P(x) = \int_{[0, 1)^D} p\big(\tfrac{x + u}{L}\big)\, L^{-D}\, du`: the distribution of images x with
@@ -90,8 +88,7 @@ class Dequantized(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """A lower bound of log P(value) in nats, shaped like the batch. Each call draws new noise."""
-        self._check(value)
-        value = value.long()  # 255 + 1 is 0 in uint8, and torch has no arithmetic of uint16
+        value = self._checked(value)
         # The noise has an axis of its own, so that all others must be those of the result.
         batch_shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
         value = value.expand(batch_shape + self.event_shape)
@@ -130,7 +127,7 @@ class Dequantized(dist.TorchDistribution):
         """Samples of integer images."""
         return quantize(self.distribution.sample(torch.Size(sample_shape)), self.levels)
 
-    def _check(self, value: Tensor) -> None:
+    def _checked(self, value: Tensor) -> Tensor:
         if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(
@@ -139,14 +136,16 @@ class Dequantized(dist.TorchDistribution):
                 "distribution inside"
             )
         check_event_shape(self, value.shape, self.event_shape)
+        value = value.long()  # 255 + 1 is 0 in uint8, and torch has no arithmetic of uint16
         # Compiled code cannot branch on values, so the range is not checked there.
         if self._validate_args and not torch.compiler.is_compiling() and value.numel():
-            low, high = (int(bound) for bound in (value.long() if value.dtype in _UNSIGNED else value).aminmax())
+            low, high = (int(bound) for bound in value.aminmax())
             if low < 0 or high >= self.levels:
                 raise ValueError(
                     f"Dequantized expected levels 0, ..., {self.levels - 1}; got values from {low} to {high}: "
                     "check the images, or pass levels="
                 )
+        return value
 
 
 def quantize(x: Tensor, levels: int) -> Tensor:

@@ -204,6 +204,12 @@ class LogDensity:
         one, two = (self.run(point, rows, relative={})[0].nodes for point in points)
         return [name for name, site in self.sites.items() if is_relative(one[name]["fn"], two[name]["fn"], site.shape)]
 
+    @property
+    def has_latents_of_rows(self) -> bool:
+        """Whether a latent is under a plate that draws subsamples."""
+        stacks = [self.trace.nodes[name]["cond_indep_stack"] for name in self.latents]
+        return any(frame.name in self.plates for stack in stacks for frame in stack)
+
     # -- rows of subsampled plates -------------------------------------------------------------------------------------
 
     def rows(self) -> dict[str, Tensor]:

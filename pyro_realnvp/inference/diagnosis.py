@@ -120,9 +120,9 @@ def diagnose(
     guide_trace = run(model, guide, args, kwargs)
     density = LogDensity(model, args, kwargs, values=values_of(guide_trace), memory=memory)
     particles = particles_of(guide, density, [])
-    if particles.has_latents_of_rows:
+    if density.has_latents_of_rows:
         raise ValueError(
-            f"expected plates that show all rows, since rows have latents of their own; got subsamples by the plates "
+            "expected plates that show all rows, since rows have latents of their own; got subsamples by the plates "
             f"{sorted(density.plates)}: diagnose the guide with a model and plates without subsample_size"
         )
     # The weights are those of the whole data, so plates that draw subsamples must show all rows.

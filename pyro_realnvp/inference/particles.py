@@ -57,12 +57,6 @@ class Particles:
         return self.density.is_mapped
 
     @property
-    def has_latents_of_rows(self) -> bool:
-        """Whether a latent is under a plate that draws subsamples."""
-        nodes, plates = self.density.trace.nodes, self.density.plates
-        return any(frame.name in plates for name in self.density.latents for frame in nodes[name]["cond_indep_stack"])
-
-    @property
     def piece(self) -> int:
         """How many draws fit into the memory."""
         return max(1, self.density.memory // max(1, self.density.bytes_per_draw + self.bytes_per_draw))
@@ -95,7 +89,7 @@ class Particles:
         Where rows have latents of their own, each pass has new draws, for its rows. Then only the mean is that of all
         rows.
         """
-        if self.has_latents_of_rows and len(passes) > 1:
+        if len(passes) > 1 and self.density.has_latents_of_rows:
             each = [(weight, *self.log_weights(count, [(1.0, rows)])) for weight, rows in passes]
             return each[-1][1], sum(weight * log_weights for weight, _, log_weights in each)
         drawn = [self.draw(n, passes[0][1], False)[:2] for n in self._sizes(count)]

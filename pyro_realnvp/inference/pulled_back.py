@@ -48,8 +48,9 @@ class PulledBack:
         model: Callable | None,
         memory: int = DEFAULT_MEMORY,
     ):
+        no_transform = TypeError(f"expected a guide with a transform, such as AutoRealNVP; got {type(guide).__name__}")
         if not isinstance(guide, AutoContinuous):
-            raise TypeError(f"expected a guide with a transform, such as AutoRealNVP; got {type(guide).__name__}")
+            raise no_transform
         if guide.prototype_trace is None or not getattr(guide, "is_trained", True):
             raise RuntimeError("the guide is not trained: call fit_guide(guide, *args) first")
         self.guide = guide
@@ -60,9 +61,7 @@ class PulledBack:
         try:
             self.base: TorchDistribution = guide.get_base_dist()
         except NotImplementedError:  # as in AutoLowRankMultivariateNormal
-            raise TypeError(
-                f"expected a guide with a transform, such as AutoRealNVP; got {type(guide).__name__}"
-            ) from None
+            raise no_transform from None
         if isinstance(guide, GuideBase) and guide.draws_all_at_once:
             guide.set_coordinates(self.density)
             self.transform: Transform = guide.own("transform")

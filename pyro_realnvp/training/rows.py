@@ -113,13 +113,13 @@ class Rows:
         """Raises an error if the flow's dtype is too coarse for numbers like these, such as seconds since 1970."""
         own = torch.finfo(self.own.dtype)
         for name, values in zip(Batch._fields[:2], self.columns):
-            if values is None or not _read(values, torch.arange(1)).is_floating_point():
+            dtype = None if values is None else _read(values, torch.arange(1)).dtype
+            if dtype is None or not dtype.is_floating_point or torch.finfo(dtype).eps >= own.eps:
                 continue
-            if torch.finfo(_read(values, torch.arange(1)).dtype).eps >= own.eps:
-                continue
-            parts = [_read(values, some).flatten(1) for some in self._passes(torch.arange(len(self)))]
-            low = torch.stack([part.amin(0) for part in parts]).amin(0)
-            high = torch.stack([part.amax(0) for part in parts]).amax(0)
+            passes = self._passes(torch.arange(len(self)))
+            ranges = [_read(values, some).flatten(1).aminmax(dim=0) for some in passes]
+            low = torch.stack([part.min for part in ranges]).amin(0)
+            high = torch.stack([part.max for part in ranges]).amax(0)
             largest = torch.maximum(low.abs(), high.abs())
             too_large = (largest > own.max) & largest.isfinite()
             lost = too_large | ((high > low) & (own.eps * largest > max(_FINEST, 4 * own.eps) * (high - low)))
