@@ -7,6 +7,7 @@ import sys
 import threading
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
@@ -160,6 +161,66 @@ def test_the_inverse_of_a_foreign_part_is_not_stale():
     f.log_abs_det_jacobian(y, x)
     transform.scale = torch.full((2,), 3.0)
     torch.testing.assert_close(f.log_abs_det_jacobian(y, x), torch.full((5, 2), -math.log(3)))
+
+
+class Scaled(torch.nn.Module):
+    """A conditioner with all kinds of plain attributes, each of which changes what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = rn.MLP(1, 2, hidden_dims=(8,))
+        self.weight = torch.ones(2)
+        self.factors = {"one": torch.ones(2), "more": [1.0, torch.ones(2)]}
+        self.activation = torch.tanh
+        self.shift = None
+
+    def forward(self, x, context=None):
+        one, (number, two) = self.factors["one"], self.factors["more"]
+        raw = self.activation(self.net(x)) * self.weight * one * number * two
+        return raw if self.shift is None else raw + self.shift
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda net: setattr(net, "weight", torch.full((2,), 2.0)),
+        lambda net: net.weight.mul_(2.0),
+        lambda net: net.factors.update(one=torch.full((2,), 2.0)),
+        lambda net: net.factors["more"].__setitem__(0, 2.0),
+        lambda net: net.factors["more"][1].mul_(2.0),
+        lambda net: setattr(net, "activation", torch.sin),
+        lambda net: setattr(net, "shift", 1.0),
+        lambda net: setattr(net, "forward", lambda x, context=None: x.expand(-1, 2)),
+        lambda net: setattr(net.net, "forward", lambda x, context=None: x.expand(-1, 2)),
+    ],
+)
+def test_plain_attributes_of_a_conditioner_of_ones_own_are_not_stale(edit):
+    net = perturb(Scaled())
+    f, x = rn.AffineCoupling(masks.half(2), net), torch.randn(5, 2)
+    y = f(x)
+    before = f.log_abs_det_jacobian(x, y)
+    assert f.log_abs_det_jacobian(x, y) is before  # remembered
+    edit(net)
+    torch.testing.assert_close(f.log_abs_det_jacobian(x, y), f.forward_and_ladj(x)[1])
+
+
+def test_a_conditioner_with_an_array_is_not_remembered():
+    net = perturb(Scaled())
+    net.array = np.ones(2)
+    f, x = rn.AffineCoupling(masks.half(2), net), torch.randn(5, 2)
+    y = f(x)
+    assert f.log_abs_det_jacobian(x, y) is not f.log_abs_det_jacobian(x, y)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(2.0), torch.tensor([2.0]), torch.full((4,), 2.0), 2.0])
+def test_a_scale_of_one_number_counts_for_each_entry(scale):
+    """Torch's AffineTransform of a vector counts it once."""
+    x = torch.randn(5, 4)
+    transform = T.AffineTransform(torch.zeros(4), scale, event_dim=1)
+    for f, sign in ((rn.Compose([transform]), 1), (rn.Compose([transform.inv]), -1)):
+        expected = torch.full((5,), sign * 4 * math.log(2))
+        torch.testing.assert_close(f.log_abs_det_jacobian(x, f(x)), expected)
+        torch.testing.assert_close(f.inv.log_abs_det_jacobian(f(x), x), -expected)
 
 
 @pytest.mark.slow

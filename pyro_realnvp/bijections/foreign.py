@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import AffineTransform, Transform
 
 from .bijection import Bijection
-from .memo import own_attributes
+from .memo import InverseTransform, own_attributes
 from .shapes import sum_events
 
 
@@ -32,7 +32,7 @@ class Foreign(Bijection):
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _drop_cache(self.transform)  # The cache may be stale.
         y = self.transform(x)
-        ladj = self._summed(self.transform.log_abs_det_jacobian(x, y), x)
+        ladj = self._log_det(x, y)
         # A filled cache would keep the graph alive, and the transform could not be copied.
         _drop_cache(self.transform)
         return y, ladj
@@ -40,12 +40,23 @@ class Foreign(Bijection):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _drop_cache(self.transform)
         x = self.transform.inv(y)
-        ladj = -self._summed(self.transform.log_abs_det_jacobian(x, y), x)
+        ladj = -self._log_det(x, y)
         _drop_cache(self.transform)
         return x, ladj
 
-    def _summed(self, ladj: Tensor, x: Tensor) -> Tensor:
-        """Torch's StackTransform has events of one axis, but returns a log-determinant for each of their entries."""
+    def _log_det(self, x: Tensor, y: Tensor) -> Tensor:
+        """log|det dy/dx| of each event, where torch's own is wrong, too.
+
+        Its AffineTransform of events counts a scale of one number once, and not for each entry. Its StackTransform has
+        events of one axis, but returns a log-determinant for each of their entries.
+        """
+        is_inverse = isinstance(self.transform, InverseTransform)
+        affine = self.transform.inv if is_inverse else self.transform
+        if isinstance(affine, AffineTransform):
+            ladj = AffineTransform(affine.loc, affine.scale).log_abs_det_jacobian(x, y)
+            ladj = -ladj if is_inverse else ladj
+        else:
+            ladj = self.transform.log_abs_det_jacobian(x, y)
         return sum_events(ladj, max(0, ladj.dim() - x.dim() + self.domain.event_dim))
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:

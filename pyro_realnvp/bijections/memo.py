@@ -4,6 +4,7 @@
 import operator
 import weakref
 from itertools import chain
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,16 +132,23 @@ class _Reads:
         self.modules: list[nn.Module] = []
         self.values: list = []
         self._watched: list[dict] = []  # the dictionaries that hold all of this state
-        self._options: list[tuple[dict, str]] = []  # single entries of others: the plain options of layers
+        self._containers: list[list | set] = []  # others that do
+        self._options: list[tuple[dict, str]] = []  # single entries of others: the plain attributes of layers
+        self._sized: list[dict] = []  # those others, to which an entry may be added
         self._walk(bijection)
         self._seen = self._look()
 
     def _walk(self, bijection: nn.Module) -> None:
         stack: list = [bijection]
+        seen: set[int] = set()
         while stack:
             item = stack.pop()
             if isinstance(item, Tensor):
                 self.tensors.append(item)
+            elif item is None or isinstance(item, _CONSTANTS):
+                self.values.append(item)
+            elif id(item) in seen:
+                continue
             elif isinstance(item, nn.Module):
                 self.modules.append(item)
                 for held in (item._parameters, item._buffers, item._modules):
@@ -150,30 +158,34 @@ class _Reads:
                     self._watched.append(hooks)
                     self.values += hooks.values()
                 # A user's class, too, may hold tensors, numbers and containers as plain attributes.
+                own = own_attributes(item)
                 if isinstance(item, (Transform, Constants)):
                     self._watched.append(vars(item))
-                    kinds = Tensor, Transform, int, float, str, tuple, list, dict, set, np.ndarray
-                    own = own_attributes(item).items()
-                    stack += [v for name, v in own if name not in _OF_MODULES and isinstance(v, kinds)]
+                    stack += [v for name, v in own.items() if name not in _OF_MODULES and isinstance(v, _STATE)]
                 else:
-                    own = {name: value for name, value in vars(item).items() if name not in _OF_MODULES}
-                    options = {name: value for name, value in own.items() if isinstance(value, (int, float, str))}
-                    self._options += [(vars(item), name) for name in options]
-                    stack += options.values()
+                    names = [name for name in own if name not in _OF_MODULES]
+                    self._options += [(vars(item), name) for name in names]
+                    self._sized.append(vars(item))
+                    stack += [own[name] for name in names]
             elif isinstance(item, Transform):
                 self._watched.append(vars(item))
                 stack.extend(own_attributes(item).values())
-            elif isinstance(item, tuple):
+            elif isinstance(item, dict):
+                self._watched.append(item)
+                stack.extend(item.values())
+            elif isinstance(item, (list, set)):
+                self._containers.append(item)
                 stack.extend(item)
-            elif item is None or isinstance(item, (int, float, str, Constraint)):
-                self.values.append(item)
+            elif isinstance(item, (tuple, frozenset)):
+                stack.extend(item)
             else:
                 self.tensors = None
                 return
+            seen.add(id(item))
 
     def _look(self) -> list:
-        held = chain.from_iterable(map(dict.values, self._watched))
-        return [*held, *(own.get(name) for own, name in self._options)]
+        held = chain(chain.from_iterable(map(dict.values, self._watched)), chain.from_iterable(self._containers))
+        return [*held, *(own.get(name) for own, name in self._options), *map(len, self._sized)]
 
     def is_current(self) -> bool:
         now = self._look()
@@ -206,9 +218,13 @@ class _Reads:
 
 
 _OF_MODULES = frozenset(vars(nn.Module()))
+_CONSTANTS = (int, float, complex, str, bytes, type, torch.dtype, torch.device, Constraint)
+# Functions are code, as methods are.
+_CONSTANTS += (FunctionType, BuiltinFunctionType)
+_STATE = (Tensor, Transform, int, float, str, tuple, list, dict, set, np.ndarray)
 
 
-_Inverse = type(ExpTransform().inv)
+InverseTransform = type(ExpTransform().inv)
 
 
 def own_attributes(transform: object) -> dict[str, Any]:
@@ -216,7 +232,7 @@ def own_attributes(transform: object) -> dict[str, Any]:
 
     The `_inv` of torch's inverse is the transform that it inverts; that of any other transform is only its inverse.
     """
-    is_inverse = isinstance(transform, _Inverse)
+    is_inverse = isinstance(transform, InverseTransform)
     own = {name: value for name, value in vars(transform).items() if is_inverse or name != "_inv"}
     return {name: value for name, value in own.items() if not name.startswith("_cache")}
 

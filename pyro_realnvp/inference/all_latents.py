@@ -16,7 +16,7 @@ from ..bijections.bijection import Bijection
 from ..bijections.compose import Compose
 from ..distributions import FlowDistribution
 from .agreement import check_finite
-from .base import GuideBase, quantiles_of
+from .base import GuideBase, are_same, quantiles_of
 from .coordinates import FromRelative
 from .density import LogDensity
 from .mapping import map_each
@@ -191,7 +191,7 @@ class AllLatents(GuideBase, AutoContinuous):
             self._arguments = args, kwargs
         # Whatever has to run the model checks that the guide fits the arguments. The others check new arguments here.
         runs_model = self._has_dynamic_supports or (self._relative_names and (args or kwargs))
-        if self.master is None and not (runs_model or _are_same(self._arguments, (args, kwargs))):
+        if self.master is None and not (runs_model or are_same(self._arguments, (args, kwargs))):
             self._density((args, kwargs))
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
@@ -255,14 +255,6 @@ class AllLatents(GuideBase, AutoContinuous):
     ) -> dict[str, Tensor]:
         """Quantiles of each latent, ``(len(quantiles),) + site shape``, estimated from draws."""
         return quantiles_of(self.sample(num_samples), quantiles)
-
-
-def _are_same(arguments: tuple[tuple, dict] | None, others: tuple[tuple, dict]) -> bool:
-    """Whether two calls have the same objects as arguments."""
-    if arguments is None or arguments[1].keys() != others[1].keys() or len(arguments[0]) != len(others[0]):
-        return False
-    pairs = [*zip(arguments[0], others[0]), *((arguments[1][name], value) for name, value in others[1].items())]
-    return all(one is other for one, other in pairs)
 
 
 def _describe(site: Site) -> tuple:

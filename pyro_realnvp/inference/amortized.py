@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guide for local latents: an encoder reads the data of each row and gives the context of a flow."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,8 +17,10 @@ from ..bijections.compose import Compose
 from ..bijections.linear import ConditionalAffine
 from ..distributions import Flow
 from ..flows import real_nvp
-from .base import GuideBase, quantiles_of
+from .base import GuideBase, are_same, quantiles_of
+from .density import LogDensity
 from .mapping import map_over
+from .relative import plain
 from .sites import Rows, Site, unconstraining, unpack
 
 
@@ -92,15 +94,13 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             )
         self._frames = [frame for frame in sites[0][1]["cond_indep_stack"] if frame.vectorized]
         self._sites = {}  # the event of each site in unconstrained coordinates
+        self._check_supports(dict(sites))
+        self._check_supports(self._nodes(args, kwargs))  # with other values of the latents
+        self._has_bounds: bool = any(isinstance(type(plain(site["fn"])).support, property) for _, site in sites)
+        self._arguments = args, kwargs
         for name, site in sites:
             inverse = unconstraining(name, site["fn"]).inv
             value = inverse(site["value"])
-            ones = inverse.inv(torch.ones_like(value)).flatten(0, len(site["fn"].batch_shape) - 1)
-            if not torch.allclose(ones, ones[:1]):
-                raise ValueError(
-                    f"the support of the latent site {name!r} differs from row to row, but the guide is made for rows "
-                    "that come later: draw it on one support, such as Uniform(0, 1), and rescale it in the model"
-                )
             event_dim = value.dim() - site["value"].dim() + site["fn"].event_dim
             self._sites[name] = Site(value.shape[value.dim() - event_dim :])
         dim = sum(site.size for site in self._sites.values())
@@ -108,6 +108,20 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         if dim > 1:
             parts.insert(0, real_nvp(dim, context_dim=self.context_dim, **self._options))
         self.flow: Flow = Flow(Compose(parts)).to(value)
+
+    def _nodes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return LogDensity(self.plain_model, args, kwargs, latents=()).trace.nodes
+
+    def _check_supports(self, nodes: Mapping[str, dict[str, Any]]) -> None:
+        """Raises an error where the support of a site is not that of the first row of the prototype."""
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            ones = _at_one(name, site)[:1]
+            if not all(torch.allclose(row, ones.to(row)) for row in _at_one(name, nodes[name])):
+                raise ValueError(
+                    f"the support of the latent site {name!r} differs from row to row or from call to call, but the "
+                    "guide is made for rows that come later: draw it on one support, such as Uniform(0, 1), and "
+                    "rescale it in the model"
+                )
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.Distribution:
         """The distribution of each row's latents in unconstrained coordinates.
@@ -127,6 +141,9 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             args, kwargs: the model's arguments, passed on to the encoder.
         """
         self.build(*args, **kwargs)
+        if self._has_bounds and self._plain_model is not None and not are_same(self._arguments, (args, kwargs)):
+            self._check_supports(self._nodes(args, kwargs))
+            self._arguments = args, kwargs
         encoder = self.own("encoder")
         draws_rows = any(frame.full_size not in (None, frame.size) for frame in self._frames)
         # Plates that subsample rows, come from the caller or are shared in an AutoGuideList must be Pyro's. All other
@@ -197,3 +214,10 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             site, fn = self._sites[name], self.prototype_trace.nodes[name]["fn"]
             value, ladj = site.constrain(name, fn, site.unpack(part))
             yield name, pyro.sample(name, dist.Delta(value, log_density=-ladj, event_dim=fn.event_dim))
+
+
+def _at_one(name: str, site: dict[str, Any]) -> Tensor:
+    """The values of each row at one in unconstrained coordinates, ``(rows,) + event shape``."""
+    fn = site["fn"]
+    inverse = unconstraining(name, fn).inv
+    return inverse.inv(torch.ones_like(inverse(site["value"]))).flatten(0, len(fn.batch_shape) - 1)

@@ -199,6 +199,14 @@ def quantiles_of(draws: dict[str, Tensor], quantiles: Sequence[float]) -> dict[s
     return {name: values.quantile(levels.to(values), dim=0) for name, values in draws.items()}
 
 
+def are_same(arguments: tuple[tuple, dict] | None, others: tuple[tuple, dict]) -> bool:
+    """Whether two calls have the same objects as arguments."""
+    if arguments is None or arguments[1].keys() != others[1].keys() or len(arguments[0]) != len(others[0]):
+        return False
+    pairs = [*zip(arguments[0], others[0]), *((arguments[1][name], value) for name, value in others[1].items())]
+    return all(one is other for one, other in pairs)
+
+
 def _copy(name: str, value: Tensor, target: Tensor) -> None:
     if value.shape != target.shape:
         raise RuntimeError(

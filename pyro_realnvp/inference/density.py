@@ -19,6 +19,7 @@ from .mapping import Point, count, each, join, map_over, split, vmap
 from .relative import Relative, is_relative
 from .sites import Place, Site, batch_mask, find_sites, is_enumerated, is_latent, unconstraining
 from .subsampling import MOST_PASSES, Pass, crossed, draws_rows, passes_of
+from .validity import apply_validity, is_validated
 
 DEFAULT_MEMORY = 2**29
 """The bytes that an evaluation of many draws may take by default."""
@@ -70,6 +71,7 @@ class LogDensity:
         self.nesting: int = max(
             (-f.dim for site in samples for f in site["cond_indep_stack"] if f.vectorized), default=0
         )
+        self.validated: list[str] = [site["name"] for site in samples if is_validated(site["fn"])]
         self.is_enumerated: bool = any(is_enumerated(site) for site in samples if not site["is_observed"])
 
     @cached_property
@@ -125,6 +127,7 @@ class LogDensity:
         """The terms whose sum is the log-density of one draw; the last one is log|det|."""
         trace, place = self.run(point, rows)
         with pyro.validation_enabled(False):
+            apply_validity(trace, self.validated)
             if self.is_enumerated:
                 self._factors, self._scale, terms = factors(trace)
             else:

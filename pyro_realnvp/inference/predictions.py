@@ -8,11 +8,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
 from .agreement import check
 from .density import LogDensity
 from .mapping import each, join, map_each, map_over, map_points, reason, split, warn_that_it_is_slow
+from .sites import batch_mask
+from .validity import apply_validity
 
 _PIECE = 1000  # draws that are evaluated at once
 
@@ -36,9 +39,11 @@ class Predictions:
         self.samples = samples
         self.density: LogDensity = LogDensity(model, args, kwargs, values=map_points(samples, lambda draws: draws[0]))
         nodes = self.density.trace.nodes
-        self.observed: dict[str, Tensor] = {
-            name: site["value"] for name, site in nodes.items() if _is_observation(site)
+        self._masks: dict[str, Tensor | None] = {
+            name: _mask(site) for name, site in nodes.items() if _is_observation(site)
         }
+        values = {name: nodes[name]["value"].unsqueeze(0) for name in self._masks}
+        self.observed: dict[str, Tensor] = {name: value[0] for name, value in self._counted(values).items()}
         if not self.observed:
             raise ValueError("the model observes nothing: pass the arguments with which it does")
         if self.density.plates:
@@ -50,6 +55,9 @@ class Predictions:
     @torch.no_grad()
     def log_likelihood(self) -> dict[str, Tensor]:
         """The log-likelihood of each observation, ``(N,) + its shape``, in nats.
+
+        Of a site of which a mask leaves entries out of the density, as ``obs_mask`` does with those that are missing,
+        the other entries are the observations, on one axis.
 
         Raises:
             ValueError: the model sums over discrete latents.
@@ -64,12 +72,12 @@ class Predictions:
         def of_one(point: dict[str, Tensor]) -> tuple[dict[str, Tensor]]:
             trace, _ = self.density.run(point)
             with pyro.validation_enabled(False):
-                trace.compute_log_prob()
-            return ({name: trace.nodes[name]["log_prob"] for name in self.observed},)
+                apply_validity(trace, self.density.validated)
+            return ({name: trace.nodes[name]["log_prob"] for name in self._masks},)
 
         pieces = split(self.samples, self.density.piece)
         mapped, own = self.density.is_mapped, self.density.own_tensors
-        return join([map_over(of_one, piece, mapped, own) for piece in pieces])[0]
+        return self._counted(join([map_over(of_one, piece, mapped, own) for piece in pieces])[0])
 
     @torch.no_grad()
     def draw(self) -> dict[str, Tensor]:
@@ -79,19 +87,39 @@ class Predictions:
         def of_one(point: dict[str, Tensor]) -> tuple[dict[str, Tensor]]:
             with poutine.block(), pyro.validation_enabled(False):
                 trace = poutine.trace(poutine.condition(model, point)).get_trace(*self.args, **self.kwargs)
-            return ({name: trace.nodes[name]["value"] for name in self.observed},)
+            return ({name: trace.nodes[name]["value"] for name in self._masks},)
 
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # torch's own
-                return join([map_over(of_one, piece, True) for piece in split(self.samples, _PIECE)])[0]
+                return self._counted(join([map_over(of_one, piece, True) for piece in split(self.samples, _PIECE)])[0])
         except Exception as error:  # whatever a model may raise
             warn_that_it_is_slow(f"the model's predictions cannot be mapped over draws ({reason(error)})")
         results = [of_one(point) for point in each(self.samples)]
-        return join([map_each(result, lambda value: value.unsqueeze(0)) for result in results])[0]
+        return self._counted(join([map_each(result, lambda value: value.unsqueeze(0)) for result in results])[0])
+
+    def _counted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those entries of each observation that count, of values with an axis of draws."""
+        counted = {}
+        for name, mask in self._masks.items():
+            if mask is None:
+                counted[name] = values[name]
+            elif mask.any():
+                counted[name] = values[name][:, mask]
+        return counted
 
 
 def _is_observation(site: dict) -> bool:
     """Whether a site is data: neither a factor nor a deterministic site."""
     is_own = site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic")
     return is_own and not isinstance(site["fn"], pyro.distributions.Unit)
+
+
+def _mask(site: dict) -> Tensor | None:
+    """Which elements of the batch of a site the density counts. None for all."""
+    fn, mask = site["fn"], batch_mask(site)
+    own = fn._mask if isinstance(fn, MaskedDistribution) else True
+    if own is True:
+        return mask
+    own = torch.as_tensor(own, device=site["value"].device).expand(fn.batch_shape)
+    return own if mask is None else own & mask

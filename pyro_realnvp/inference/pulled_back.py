@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import IndependentTransform, Transform
 
 from .agreement import check
 from .base import GuideBase
@@ -67,6 +67,8 @@ class PulledBack:
             self.transform: Transform = guide.own("transform")
         else:
             self.transform = guide.get_transform(*args, **kwargs)
+            if self.transform.domain.event_dim == 0:  # elementwise, as of AutoDiagonalNormal
+                self.transform = IndependentTransform(self.transform, 1)
         if self.density.dim != self.base.event_shape[0]:
             raise ValueError(
                 f"the guide draws {self.base.event_shape[0]} numbers, and the model has {self.density.dim} latents "

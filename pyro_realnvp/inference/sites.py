@@ -61,8 +61,20 @@ class Site(NamedTuple):
 
 
 def is_enumerated(site: dict[str, Any]) -> bool:
-    """Whether a discrete site is summed over, as `config_enumerate` asks for."""
-    return site["infer"].get("enumerate") == "parallel"
+    """Whether a discrete site is summed over, as `config_enumerate` asks for.
+
+    Raises:
+        ValueError: the site is to be estimated from draws of its own instead.
+    """
+    if site["infer"].get("enumerate") != "parallel":
+        return False
+    if site["infer"].get("num_samples") is not None:
+        raise ValueError(
+            f"the site {site['name']!r} asks for num_samples={site['infer']['num_samples']} draws of its own in place "
+            "of a sum: leave out num_samples= of config_enumerate, so that discrete sites are summed over, and the "
+            "guide draws the others"
+        )
+    return True
 
 
 def is_latent(site: dict[str, Any]) -> bool:

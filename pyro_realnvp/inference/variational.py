@@ -9,7 +9,9 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO
+from pyro.distributions import Delta
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ..training.history import Callback, History
@@ -19,6 +21,7 @@ from .agreement import seeded
 from .base import GuideBase
 from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
+from .relative import plain
 from .traces import check_argument_names, learned_parameters, model_of, values_of
 
 _TOLERANCE = 0.01  # nats, which validation cannot tell from its noise
@@ -92,7 +95,7 @@ def fit_guide(
     Raises:
         ValueError: the model and the guide have different latent sites; the log-density of a draw depends on other
             draws or on random numbers that are no sites; an argument of the model has the name of an option of this
-            function.
+            function; ``loss`` is a ``TraceMeanField_ELBO``, and sites of the guide have Jacobians, which it leaves out.
 
     Warns:
         RuntimeWarning: steps were skipped; the model or the guide cannot be mapped over draws.
@@ -146,6 +149,7 @@ def fit_guide(
             return -float(seeded(lambda: particles.log_weights(per_pass, passes)[1].mean()))
 
     else:
+        _check_loss(loss, guide_trace)
         repeats = _repeats(loss, validation_particles)
 
         def step_loss() -> Tensor:
@@ -173,6 +177,19 @@ def fit_guide(
     if isinstance(guide, GuideBase):
         guide.mark_trained()
     return history
+
+
+def _check_loss(loss: ELBO, guide_trace: Trace) -> None:
+    """Refuses Pyro's analytic KL divergence of a Delta, which leaves out its ``log_density``."""
+    if not isinstance(loss, TraceMeanField_ELBO):
+        return
+    sites = {name: plain(guide_trace.nodes[name]["fn"]) for name in guide_trace.stochastic_nodes}
+    wrong = [name for name, fn in sites.items() if isinstance(fn, Delta) and torch.as_tensor(fn.log_density).any()]
+    if wrong:
+        raise ValueError(
+            f"Pyro's TraceMeanField_ELBO leaves out the Jacobians of the guide's sites {wrong}, and so is no bound: "
+            "leave out loss=, or use Trace_ELBO()"
+        )
 
 
 def _repeats(loss: ELBO, validation_particles: int | None) -> int:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import math
 
 import pyro
@@ -161,3 +162,25 @@ def test_latents_of_subsampled_rows_are_validated_with_their_own_draws():
     assert history.best_step > 0 and history.best_loss == pytest.approx(-evidence, abs=1.5)
     with pytest.raises(ValueError, match=r"expected plates that show all rows.*\['rows'\]"):
         rn.diagnose(guide, x)
+
+
+def test_a_support_that_changes_from_call_to_call_is_refused():
+    def model(x, high=1.0):
+        with pyro.plate("rows", len(x)):
+            u = pyro.sample("u", dist.Uniform(0.0, high).mask(True))
+            z = pyro.sample("z", dist.Uniform(0.0, u)) if high == 0.5 else u
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    class Contexts(nn.Linear):
+        def forward(self, x, high=1.0):
+            return super().forward(x)
+
+    guide = rn.AmortizedRealNVP(model, Contexts(1, 4), context_dim=4)
+    x = torch.randn(5, 1)
+    assert guide(x)["u"].shape == (5,) and guide(x[:3])["u"].max() < 1
+    for call in (guide, guide.median):
+        with pytest.raises(ValueError, match="support of the latent site 'u' differs from row to row or from call"):
+            call(x, 10.0)
+    assert copy.deepcopy(guide)(x)["u"].shape == (5,)
+    with pytest.raises(ValueError, match="support of the latent site 'z' differs"):
+        rn.AmortizedRealNVP(model, Contexts(1, 4), context_dim=4).build(x[:1], 0.5)

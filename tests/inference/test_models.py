@@ -728,6 +728,89 @@ def test_pieces_that_fit_the_memory_give_the_same_numbers():
     torch.testing.assert_close(pieces, whole)
 
 
+SHIFTS = torch.tensor([-1.0, 0.5, 0.9, 2.0])
+WAITS = torch.tensor([1.0, 2.5, 0.7])
+
+
+def shifted(fn, **options):
+    """A model with the observations WAITS - a, which are negative where a is larger."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 3):
+            pyro.sample("y", fn(**options), obs=WAITS - a)
+
+    return model
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+@pytest.mark.parametrize(
+    ("model", "exact"),
+    [
+        (shifted(dist.Exponential, rate=1.0), lambda a: torch.where(a < 0.7, 3 * a - 4.2, -torch.inf)),
+        (
+            shifted(lambda: dist.Exponential(torch.ones(3)).mask(WAITS > 0.8)),
+            lambda a: torch.where(a < 1.0, 2 * a - 3.5, -torch.inf),
+        ),
+        (
+            poutine.mask(shifted(lambda: dist.Exponential(torch.ones(3)).mask(WAITS > 0.8)), torch.tensor(False)),
+            lambda a: 0.5 * a.square() + math.log(2 * math.pi) / 2,  # the prior is masked, too
+        ),
+        (shifted(dist.Exponential, rate=1.0, validate_args=False), lambda a: 3 * a - 4.2),
+        (
+            shifted(dist.Gamma, concentration=1.0, rate=1.0),
+            lambda a: torch.where(a < 0.7, 3 * a - 4.2, -torch.inf),
+        ),
+    ],
+    ids=["one site", "distribution's mask", "poutine.mask", "without validation", "gamma"],
+)
+def test_observations_outside_of_their_support_have_density_zero(model, exact, is_mapped):
+    density = LogDensity(model, values={"a": torch.tensor(0.0)})
+    density.is_mapped = is_mapped
+    expected = dist.Normal(0.0, 1.0).log_prob(SHIFTS) + exact(SHIFTS)
+    torch.testing.assert_close(density({"a": SHIFTS}), expected)
+
+
+def test_parameters_that_are_invalid_have_density_zero():
+    """Gamma's formula gives a number for the concentration -0.5, too."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Gamma(a, 1.0).to_event(1), obs=torch.ones(2))
+
+    density = LogDensity(model, values={"a": torch.ones(2)})
+    points = torch.tensor([[0.5, 1.0], [0.5, -0.5]], requires_grad=True)
+    log_p = density({"a": points})
+    expected = dist.Normal(0.0, 1.0).log_prob(points[0]) + dist.Gamma(points[0], 1.0).log_prob(torch.ones(2))
+    torch.testing.assert_close(log_p, torch.stack([expected.sum(), torch.tensor(-torch.inf)]))
+    log_p.sum().backward()
+    assert points.grad.isfinite().all()
+
+
+def test_a_state_with_invalid_values_leaves_the_sum():
+    """In the first state the observation is outside of the support, so that the second one has all of the density."""
+
+    @config_enumerate
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.25))
+        pyro.sample("y", dist.Exponential(1.0), obs=1.0 - a * (1 - k))
+
+    density = LogDensity(model, values={"a": torch.tensor(0.0)})
+    a = torch.tensor([0.5, 2.0])
+    states = torch.stack([0.75 * (a - 1).exp() * (a < 1), 0.25 * torch.full((2,), -1.0).exp()])
+    torch.testing.assert_close(density({"a": a}), dist.Normal(0.0, 1.0).log_prob(a) + states.sum(0).log())
+
+
+def test_draws_of_ones_own_in_place_of_a_sum_are_refused():
+    @config_enumerate(num_samples=5)
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"'z' asks for num_samples=5 draws.*leave out num_samples="):
+        rn.AutoRealNVP(model).build()
+
+
 @pytest.mark.slow
 def test_subsampled_rows():
     x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
@@ -819,6 +902,16 @@ def test_other_losses_of_pyro(loss):
     ours = rn.AutoRealNVP(regression(WRITINGS["X @ b"]), num_couplings=2)
     rn.fit_guide(ours, loss=loss, num_steps=5, validation_particles=8, progress=False)
     assert ours.is_trained
+
+
+@pytest.mark.parametrize("make", [rn.AutoRealNVP, AutoNormal])
+def test_a_loss_that_leaves_out_jacobians_is_refused(make):
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.LogNormal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"leaves out the Jacobians of the guide's sites \['z'\].*Trace_ELBO"):
+        rn.fit_guide(make(model), loss=TraceMeanField_ELBO(), num_steps=1, progress=False)
 
 
 STORE = """

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import pickle
 import sys
 
@@ -8,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import fitted, table
+from pyro import poutine
 from pyro.infer import config_enumerate
 
 import pyro_realnvp as rn
@@ -75,6 +77,31 @@ def test_arviz(posterior):
     assert summary["mean"]["b[0]"] == pytest.approx(posterior.samples["b"][:, 0].mean().item(), abs=1e-3)
     assert set(posterior.to_arviz().groups()) == {"posterior", "sample_stats"}
     assert posterior.to_arviz(y=COUNTS, log_likelihood=True).log_likelihood["y"].shape == (256, 20, 12)
+
+
+def test_entries_that_a_mask_leaves_out_are_no_observations(posterior):
+    counted = torch.arange(12) % 3 > 0
+
+    def masked(by, y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        fn = dist.Poisson((b[0] + b[1] * X).exp())
+        with pyro.plate("rows", len(X)):
+            if by == "obs_mask":
+                pyro.sample("y", fn, obs=y, obs_mask=counted)
+            else:
+                pyro.sample("y", fn.mask(counted), obs=y)
+        with poutine.mask(mask=False):
+            pyro.sample("none", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+    expected = posterior.to_arviz(COUNTS, log_likelihood=True).log_likelihood["y"].values[..., counted]
+    for by, name in (("obs_mask", "y_observed"), ("fn.mask", "y")):
+        rest = {"y_unobserved": torch.zeros(len(posterior.samples["b"]), 12)} if by == "obs_mask" else {}
+        draws = dataclasses.replace(posterior, samples=posterior.samples | rest)
+        data = draws.to_arviz(by, COUNTS, model=masked, log_likelihood=True, posterior_predictive=True)
+        assert list(data.observed_data) == list(data.log_likelihood) == [name]
+        assert (data.observed_data[name].values == COUNTS[counted].numpy()).all()
+        assert (data.log_likelihood[name].values == expected).all()
+        assert data.posterior_predictive[name].shape == expected.shape
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import YEAR, Y, fitted, rough, table, two_modes, uncentered
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
 import pyro_realnvp as rn
 from pyro_realnvp.inference.chains import Chains
@@ -231,8 +231,9 @@ def test_double_precision():
     assert_near(draws, "z", lambda z: z[..., 1], 0.0, 1e-8)
 
 
-def test_a_guide_of_pyros():
-    guide = AutoMultivariateNormal(uncentered)
+@pytest.mark.parametrize("make", [AutoDiagonalNormal, AutoMultivariateNormal])
+def test_a_guide_of_pyros(make):
+    guide = make(uncentered)
     rn.fit_guide(guide, YEAR, Y, num_steps=20, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
