@@ -42,13 +42,12 @@ class Factor(NamedTuple):
 def factors(trace: Trace) -> tuple[list[Factor], float, list[Tensor]]:
     """What the factors of one draw's density depend on, the scale of those inside of sums, and all their logarithms.
 
-    The log-probabilities of the trace are computed.
-
     As in Pyro's ``TraceEnum_ELBO``, masks are applied inside of the sums, and the scale of subsampling outside.
 
     Raises:
         ValueError: the factors inside of sums have different scales.
     """
+    trace.compute_log_prob()
     trace.pack_tensors()
     sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
     plates = set(trace.plate_to_symbol.values())

@@ -73,6 +73,7 @@ class Predictions:
             trace, _ = self.density.run(point)
             with pyro.validation_enabled(False):
                 apply_validity(trace, self.density.validated)
+                trace.compute_log_prob()
             return ({name: trace.nodes[name]["log_prob"] for name in self._masks},)
 
         pieces = split(self.samples, self.density.piece)

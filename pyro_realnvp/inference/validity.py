@@ -37,25 +37,27 @@ def is_validated(fn: Distribution) -> bool:
 
 
 def apply_validity(trace: Trace, names: Iterable[str]) -> None:
-    """Computes the log-probabilities of a trace, which are -inf where values or parameters of these sites are invalid.
+    """Computes the log-probabilities of these sites, which are -inf where their values or parameters are invalid.
+
+    Pyro computes those of the other sites, and takes these as they are.
 
     A draw of the latents may put an observation out of the support of its distribution, as in
     ``Exponential(1.0), obs=y - shift``, or make a parameter invalid. Pyro's validation would raise an error for all
     draws, and without it some distributions, such as Exponential and Gamma, go on with a number.
     """
-    trace.compute_log_prob()
     for name in names:
         site = trace.nodes.get(name)
         valid = None if site is None else _valid(site["fn"], site["value"])
         if valid is not None:
-            log_p = torch.where(valid, site["unscaled_log_prob"], -torch.inf)
+            log_p = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_p = torch.where(valid, log_p, -torch.inf)
             site["unscaled_log_prob"] = log_p
             site["log_prob"] = scale_and_mask(log_p, site["scale"], site["mask"])
             site["log_prob_sum"] = site["log_prob"].sum()
 
 
 def _valid(fn: Distribution, value: Tensor) -> Tensor | None:
-    """Which elements of a batch are valid. None if no constraint of the distribution has bounds."""
+    """Which elements of a batch are valid, in a shape that broadcasts. None if no constraint has bounds."""
     if isinstance(fn, (Independent, MaskedDistribution, ExpandedDistribution)):
         valid = _valid(fn.base_dist, value)
         if valid is None:
@@ -63,13 +65,10 @@ def _valid(fn: Distribution, value: Tensor) -> Tensor | None:
         if isinstance(fn, MaskedDistribution):
             return valid | ~torch.as_tensor(fn._mask, device=valid.device)
         if isinstance(fn, Independent):
-            return valid.flatten(valid.dim() - fn.reinterpreted_batch_ndims).all(-1)
+            return valid.flatten(max(0, valid.dim() - fn.reinterpreted_batch_ndims)).all(-1)
         return valid
     checks = [constraint.check(number) for constraint, number in _constrained(fn, value) if _has_bounds(constraint)]
-    if not checks:
-        return None
-    valid = reduce(operator.and_, checks)
-    return valid.expand(torch.broadcast_shapes(valid.shape, fn.batch_shape))
+    return reduce(operator.and_, checks) if checks else None
 
 
 def _constrained(fn: Distribution, value: Tensor) -> Iterator[tuple[Constraint, Tensor]]:
