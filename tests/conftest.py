@@ -11,7 +11,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 CI = hypothesis.settings(
     deadline=None,
     derandomize=True,
-    max_examples=8,
+    max_examples=6,
     report_multiple_bugs=False,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],

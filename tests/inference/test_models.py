@@ -174,12 +174,12 @@ def test_a_support_that_depends_on_a_latent():
     assert draws["b"].mean() == pytest.approx(0.789, abs=0.02) and (draws["b"] < draws["a"]).all()
     report = rn.diagnose(guide)
     assert report.log_evidence == pytest.approx(-1.991, abs=0.02)
-    elbos = [-Trace_ELBO().loss(dynamic, guide) for _ in range(300)]  # the guide under Pyro's own loss
-    assert sum(elbos) / len(elbos) == pytest.approx(report.elbo, abs=0.05)
+    elbos = [-Trace_ELBO().loss(dynamic, guide) for _ in range(100)]  # the guide under Pyro's own loss
+    assert sum(elbos) / len(elbos) == pytest.approx(report.elbo, abs=0.08)
     elbo = Trace_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=0)
     assert -elbo.loss(dynamic, guide) == pytest.approx(report.elbo, abs=0.05)
-    posterior = rn.neutra(guide, num_samples=600, warmup_steps=200, progress=False)
-    assert posterior.samples["b"].mean() == pytest.approx(0.789, abs=0.08)
+    posterior = rn.neutra(guide, num_samples=300, warmup_steps=100, progress=False)
+    assert posterior.samples["b"].mean() == pytest.approx(0.789, abs=0.1)
     assert (posterior.samples["b"] < posterior.samples["a"]).all()
 
 

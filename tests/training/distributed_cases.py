@@ -91,7 +91,7 @@ if __name__ == "__main__":
     folder, which = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     # Gloo may hang while it connects both processes. Then the alarm ends this one, and torchrun starts both again.
-    signal.alarm(30)
+    signal.alarm(8)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     signal.alarm(0)
     cases = CASES if which == "all" else {which: lambda: killed_once(folder)}
