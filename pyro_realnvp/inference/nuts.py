@@ -15,6 +15,8 @@ from ..training.progress import Progress
 from .posterior import PosteriorSamples
 from .pulled_back import PulledBack
 
+_MOST_STARTS = 100
+
 
 def neutra(
     guide: AutoContinuous,
@@ -52,8 +54,8 @@ def neutra(
 
     Raises:
         RuntimeError: the guide is not trained.
-        ValueError: the log-density of a draw depends on random numbers that are no sites; an argument of the model has
-            the name of an option of this function.
+        ValueError: the log-density of a draw depends on random numbers that are no sites, or is finite at no draw of
+            the guide; an argument of the model has the name of an option of this function.
         TypeError: the guide has no transform.
 
     Example:
@@ -85,7 +87,7 @@ def neutra(
                 kernel,
                 num_samples,
                 warmup_steps,
-                initial_params={"base": target.base.sample()},
+                initial_params={"base": _start(target)},
                 hook_fn=lambda kernel, *_: bar.update(bar.done + 1, kernel.logging()),
                 disable_progbar=True,  # in a log file, Pyro's bar would write a line at each step
             )
@@ -101,4 +103,17 @@ def neutra(
         acceptance=torch.tensor(acceptance).unsqueeze(-1).expand(num_chains, num_samples),
         seconds=time.perf_counter() - started,
         model=target.model,
+    )
+
+
+@torch.no_grad()
+def _start(target: PulledBack) -> Tensor:
+    """A draw of the guide at which the log-density is finite, as NUTS needs it."""
+    for _ in range(_MOST_STARTS):
+        start = target.base.sample()
+        if target.one(start).isfinite():
+            return start
+    raise ValueError(
+        f"the log-density is not finite at any of {_MOST_STARTS} draws of the guide: train the guide, or check the "
+        "model's supports and data"
     )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 from helpers import YEAR, Y, fitted, table, two_modes, uncentered
 from pyro.infer.autoguide import AutoNormal
 
@@ -33,6 +36,20 @@ def test_neutra_evaluates_the_flow_once_for_each_potential():
 
     rn.neutra(guide, model=counted, num_samples=4, warmup_steps=2, progress=False)
     assert counts["network"] <= counts["model"] + 2  # one more evaluation maps all draws at the end of each chain
+
+
+def test_nuts_starts_where_the_density_is_finite():
+    """Half of the guide's draws are where the model has no density."""
+
+    def model(is_impossible=False):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("half", torch.where((z > 0) & ~torch.tensor(is_impossible), 0.0, -torch.inf))
+
+    guide = fitted(lambda *_: pyro.sample("z", dist.Normal(0.0, 1.0)), num_steps=1)
+    draws = rn.neutra(guide, model=model, num_samples=100, warmup_steps=50, num_chains=4, progress=False)
+    assert draws.samples["z"].min() > 0 and draws.samples["z"].mean().item() == pytest.approx(0.798, abs=0.15)
+    with pytest.raises(ValueError, match="not finite at any of 100 draws of the guide"):
+        rn.neutra(guide, True, model=model, progress=False)
 
 
 @table(
