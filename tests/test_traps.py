@@ -223,6 +223,17 @@ def test_a_scale_of_one_number_counts_for_each_entry(scale):
         torch.testing.assert_close(f.inv.log_abs_det_jacobian(f(x), x), -expected)
 
 
+def test_an_elu_takes_the_values_below_zero():
+    """Pyro declares positive numbers as its codomain."""
+    x = torch.randn(20, 4)
+    for f in (rn.Compose([T.ELUTransform()]), rn.Compose([T.ELUTransform().inv]).inv, rn.Compose([T.elu(), T.elu()])):
+        y = f(x)
+        assert y.min() < 0
+        torch.testing.assert_close(f.inv(y.clone()), x, rtol=1e-4, atol=1e-4)
+        flow = rn.Flow(f, event_shape=(4,))
+        assert flow().log_prob(y.clone()).isfinite().all()
+
+
 @pytest.mark.slow
 def test_a_log_scale_beyond_the_bound_comes_back():
     """Behind a hard clip the raw value runs away, and it never returns, since its gradient is zero there."""

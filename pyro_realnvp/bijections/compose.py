@@ -198,6 +198,9 @@ class Compose(Bijection):
             )
 
 
+_REBUILT = (nn.Module, ComposeTransform, T.Permute, T.ELUTransform)  # transforms that are not taken as they are
+
+
 class _Step(NamedTuple):
     """A part of a composition, or a run of couplings that begins with it."""
 
@@ -242,7 +245,7 @@ def _adopt(part: Transform) -> Bijection:
         return Compose(part.parts)
     if isinstance(part, T.Permute) and part.dim == -1:
         return Permute(part.permutation)
-    if not isinstance(part, nn.Module) and isinstance(part.inv, (nn.Module, ComposeTransform, T.Permute)):
+    if not isinstance(part, nn.Module) and isinstance(part.inv, _REBUILT):
         return _adopt(part.inv).inv  # The part is torch's view of an inverse, which is not a module itself.
     return Foreign(part)
 

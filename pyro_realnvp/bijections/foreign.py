@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from pyro.distributions.transforms import ELUTransform
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import AffineTransform, Transform
 
@@ -23,7 +25,9 @@ class Foreign(Bijection):
         self.transform = transform
         self.elementwise: bool = not self.event_shape
         self.domain: Constraint = transform.domain
-        self.codomain: Constraint = transform.codomain
+        # Pyro declares the positive numbers as the values of an ELU.
+        is_elu = isinstance(transform, ELUTransform)
+        self.codomain: Constraint = constraints.greater_than(-1.0) if is_elu else transform.codomain
 
     @property
     def sign(self) -> int | Tensor:
