@@ -16,6 +16,7 @@ import torch
 from helpers import perturb, small
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
+from pyro.nn import DenseNN, PyroModule
 from torch import nn
 
 import pyro_realnvp as rn
@@ -201,6 +202,35 @@ def test_plain_attributes_of_a_conditioner_of_ones_own_are_not_stale(edit):
     before = f.log_abs_det_jacobian(x, y)
     assert f.log_abs_det_jacobian(x, y) is before  # remembered
     edit(net)
+    torch.testing.assert_close(f.log_abs_det_jacobian(x, y), f.forward_and_ladj(x)[1])
+
+
+class OwnCache(torch.nn.Linear):
+    _cached = 1.0
+
+    def forward(self, x):
+        return self._cached * super().forward(x)
+
+
+@pytest.mark.parametrize("net", [DenseNN(1, [4], [2]), PyroModule[nn.Linear](1, 2), nn.GRU(1, 2), OwnCache(1, 2)])
+def test_networks_of_torch_and_pyro_are_remembered(net):
+    class First(nn.Module):
+        """A recurrent layer also returns its state."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            out = self.net(x)
+            return out[0] if isinstance(out, tuple) else out
+
+    f, x = rn.AffineCoupling(masks.half(2), First()), torch.randn(5, 2)
+    y = f(x)
+    before = f.log_abs_det_jacobian(x, y)
+    assert f.log_abs_det_jacobian(x, y) is before
+    net._cached = 2.0
+    assert f.log_abs_det_jacobian(x, y) is not before
     torch.testing.assert_close(f.log_abs_det_jacobian(x, y), f.forward_and_ladj(x)[1])
 
 

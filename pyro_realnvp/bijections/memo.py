@@ -158,14 +158,15 @@ class _Reads:
                     self._watched.append(hooks)
                     self.values += hooks.values()
                 # A user's class, too, may hold tensors, numbers and containers as plain attributes.
-                own = own_attributes(item)
+                own = vars(item)
                 if isinstance(item, (Transform, Constants)):
-                    self._watched.append(vars(item))
+                    self._watched.append(own)
+                    own = own_attributes(item)
                     stack += [v for name, v in own.items() if name not in _OF_MODULES and isinstance(v, _STATE)]
                 else:
                     names = [name for name in own if name not in _OF_MODULES]
-                    self._options += [(vars(item), name) for name in names]
-                    self._sized.append(vars(item))
+                    self._options += [(own, name) for name in names]
+                    self._sized.append(own)
                     stack += [own[name] for name in names]
             elif isinstance(item, Transform):
                 self._watched.append(vars(item))
@@ -217,10 +218,10 @@ class _Reads:
         return marks
 
 
-_OF_MODULES = frozenset(vars(nn.Module()))
-_CONSTANTS = (int, float, complex, str, bytes, type, torch.dtype, torch.device, Constraint)
-# Functions are code, as methods are.
-_CONSTANTS += (FunctionType, BuiltinFunctionType)
+_OF_MODULES = frozenset(vars(nn.Module())) | {"_pyro_context"}
+_CONSTANTS = (int, float, complex, str, bytes, slice, type, torch.dtype, torch.device, Constraint)
+# Functions are code, as methods are. Torch's recurrent layers hold weak references to their own parameters.
+_CONSTANTS += (FunctionType, BuiltinFunctionType, weakref.ref)
 _STATE = (Tensor, Transform, int, float, str, tuple, list, dict, set, np.ndarray)
 
 
