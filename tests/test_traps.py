@@ -234,6 +234,34 @@ def test_networks_of_torch_and_pyro_are_remembered(net):
     torch.testing.assert_close(f.log_abs_det_jacobian(x, y), f.forward_and_ladj(x)[1])
 
 
+def test_functions_of_a_bijection_of_ones_own_are_not_stale():
+    class Scale(rn.Bijection):
+        elementwise = True
+
+        def __init__(self, scale):
+            super().__init__((2,))
+            self.scale = scale
+
+        def forward_and_ladj(self, x, context=None):
+            return x * self.scale(), 2 * self.scale().log().expand(x.shape[:-1])
+
+        def inverse_and_ladj(self, y, context=None):
+            return y / self.scale(), -2 * self.scale().log().expand(y.shape[:-1])
+
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    x = torch.randn(5, 2)
+    for old, new in (
+        (lambda: one, lambda: two),
+        (one.clone, two.clone),
+        (partial(torch.abs, one), partial(torch.abs, two)),
+    ):
+        f = Scale(old)
+        y = f(x)
+        assert f.log_abs_det_jacobian(x, y).sum() == 0
+        f.scale = new
+        torch.testing.assert_close(f.log_abs_det_jacobian(x, y), torch.full((5,), 2 * math.log(2)))
+
+
 def test_a_conditioner_with_an_array_is_not_remembered():
     net = perturb(Scaled())
     net.array = np.ones(2)

@@ -3,11 +3,11 @@
 
 import operator
 import weakref
+from functools import partial
 from itertools import chain
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import ExpTransform, Transform
@@ -162,7 +162,7 @@ class _Reads:
                 if isinstance(item, (Transform, Constants)):
                     self._watched.append(own)
                     own = own_attributes(item)
-                    stack += [v for name, v in own.items() if name not in _OF_MODULES and isinstance(v, _STATE)]
+                    stack += [value for name, value in own.items() if name not in _OF_MODULES and name != "_memo"]
                 else:
                     names = [name for name in own if name not in _OF_MODULES]
                     self._options += [(own, name) for name in names]
@@ -179,6 +179,10 @@ class _Reads:
                 stack.extend(item)
             elif isinstance(item, (tuple, frozenset)):
                 stack.extend(item)
+            elif isinstance(item, MethodType):
+                stack += (item.__func__, item.__self__)
+            elif isinstance(item, partial):
+                stack += (item.func, item.args, item.keywords)
             else:
                 self.tensors = None
                 return
@@ -222,7 +226,6 @@ _OF_MODULES = frozenset(vars(nn.Module())) | {"_pyro_context"}
 _CONSTANTS = (int, float, complex, str, bytes, slice, type, torch.dtype, torch.device, Constraint)
 # Functions are code, as methods are. Torch's recurrent layers hold weak references to their own parameters.
 _CONSTANTS += (FunctionType, BuiltinFunctionType, weakref.ref)
-_STATE = (Tensor, Transform, int, float, str, tuple, list, dict, set, np.ndarray)
 
 
 InverseTransform = type(ExpTransform().inv)
