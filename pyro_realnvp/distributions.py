@@ -222,7 +222,7 @@ class Flow(nn.Module):
         self.bijection.compile(**options)
 
     def __getstate__(self) -> dict[str, Any]:
-        forget_param_store(self)
+        forget_param_store(self.parameters())
         return vars(self).copy()
 
     def forward(self, context: Tensor | None = None, *, temperature: float = 1.0) -> FlowDistribution:

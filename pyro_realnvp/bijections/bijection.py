@@ -182,7 +182,7 @@ class Bijection(TransformModule):
             self.__dict__[name] = torch.compile(method, fullgraph=True, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        forget_param_store(self)
+        forget_param_store(self.parameters())
         state = super().__getstate__() | {"_inv": None, "_memo": Memo()}
         # Compiled directions lie in the state under these names and can be neither copied nor pickled.
         return {name: value for name, value in state.items() if name not in DIRECTIONS}

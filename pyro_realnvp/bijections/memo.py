@@ -3,6 +3,7 @@
 
 import operator
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -241,7 +242,7 @@ def own_attributes(transform: object) -> dict[str, Any]:
     return {name: value for name, value in own.items() if not name.startswith("_cache")}
 
 
-def forget_param_store(module: nn.Module) -> None:
+def forget_param_store(parameters: Iterable[Tensor]) -> None:
     """Removes the weak references that Pyro's parameter store attaches to parameters, and which cannot be pickled."""
-    for p in module.parameters():
+    for p in parameters:
         vars(p).pop("unconstrained", None)

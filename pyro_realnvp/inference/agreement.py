@@ -21,10 +21,13 @@ _T = TypeVar("_T")
 @torch.no_grad()
 def check_finite(density: LogDensity) -> None:
     """Raises an error where the log-density is not finite at the values at which the model was looked at."""
+    nodes = density.trace.nodes
+    if density.one({name: nodes[name]["value"] for name in density.latents}).isfinite():
+        return
     density.trace.compute_log_prob()  # Where Pyro validates, data outside of a support are Pyro's own error.
     bad = {
         name: site["log_prob_sum"].item()
-        for name, site in density.trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample" and not site["log_prob_sum"].isfinite()
     }
     if bad:

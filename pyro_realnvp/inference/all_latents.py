@@ -152,13 +152,19 @@ class AllLatents(GuideBase, AutoContinuous):
             ]
         )
 
-    @torch.no_grad()
     def _find_dynamic_supports(self, density: LogDensity) -> bool:
-        """Whether supports depend on latents or arguments: those of the prototype then give other values at a point."""
-        point = self._init_loc() + 0.5
+        """Whether supports depend on latents or arguments: those of the prototype then give other values at a point.
+
+        Or they depend on parameters, and then the values have a graph.
+        """
+        point = self._init_loc().detach() + 0.5
         values, _ = self._constrain_by_prototype(point)
-        own = density.run(point, relative={})[1].values
-        return any(not torch.allclose(values[name], own[name].to(values[name]), equal_nan=True) for name in own)
+        with torch.enable_grad():
+            own = density.run(point, relative={})[1].values
+        return any(
+            own[name].requires_grad or not torch.allclose(values[name], own[name].to(values[name]), equal_nan=True)
+            for name in own
+        )
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The bijection from the base to unconstrained coordinates.

@@ -115,12 +115,12 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
     def _check_supports(self, nodes: Mapping[str, dict[str, Any]]) -> None:
         """Raises an error where the support of a site is not that of the first row of the prototype."""
         for name, site in self.prototype_trace.iter_stochastic_nodes():
-            ones = _at_one(name, site)[:1]
-            if not all(torch.allclose(row, ones.to(row)) for row in _at_one(name, nodes[name])):
+            expected, rows = _at_one(name, site)[:1], _at_one(name, nodes[name])
+            if rows.requires_grad or not all(torch.allclose(row, expected.to(row)) for row in rows):
                 raise ValueError(
-                    f"the support of the latent site {name!r} differs from row to row or from call to call, but the "
-                    "guide is made for rows that come later: draw it on one support, such as Uniform(0, 1), and "
-                    "rescale it in the model"
+                    f"the support of the latent site {name!r} differs from row to row or from call to call, or is "
+                    "learned, but the guide is made for rows that come later: draw it on one support, such as "
+                    "Uniform(0, 1), and rescale it in the model"
                 )
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.Distribution:

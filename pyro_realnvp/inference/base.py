@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..bijections.memo import forget_param_store
 from .density import LogDensity
+from .relative import plain
 from .sites import is_enumerated
 
 
@@ -76,7 +77,8 @@ class GuideBase:
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any):
-        super()._setup_prototype(*args, **kwargs)
+        with torch.no_grad():  # A support may depend on parameters, whose graph the prototype would keep.
+            super()._setup_prototype(*args, **kwargs)
         try:
             self.make_parameters(args, kwargs)
         except BaseException:
@@ -168,7 +170,11 @@ class GuideBase:
     def __getstate__(self) -> dict[str, Any]:
         # The model is left out of the state, since it is often a closure and cannot be pickled. Pyro's method would
         # delete it from the guide that is being pickled, too, so this method does not call Pyro's.
-        forget_param_store(self)
+        forget_param_store(self.parameters())
+        nodes = {} if self.prototype_trace is None else self.prototype_trace.nodes
+        for site in nodes.values():
+            if site["type"] == "sample":  # Pyro's Uniform keeps its bounds, which may be parameters of the model.
+                forget_param_store(v for v in vars(plain(site["fn"])).values() if isinstance(v, Tensor))
         return vars(self) | dict.fromkeys(_UNPICKLED)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

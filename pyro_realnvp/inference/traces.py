@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .base import GuideBase
 from .sites import batch_mask, is_latent
 
+_ATTEMPTS = 10
+
 
 def model_of(guide: Callable, model: Callable | None) -> Callable:
     """The model that was passed, or that of a guide that was made from one."""
@@ -69,10 +71,7 @@ def run(model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[st
     Raises:
         ValueError: a latent site that only one of them has.
     """
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    with torch.random.fork_rng():
-        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
-    model_trace.compute_log_prob()  # Where Pyro validates, data outside of a support are Pyro's own error.
+    guide_trace, model_trace = _traces(model, guide, args, kwargs)
     drawn = {name for name in guide_trace.stochastic_nodes if not site_is_subsample(guide_trace.nodes[name])}
     missing = {name for name, site in model_trace.nodes.items() if is_latent(site) and _counts(site)} - drawn
     if missing:
@@ -89,6 +88,26 @@ def run(model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[st
             "with this model and these arguments"
         )
     return guide_trace
+
+
+def _traces(model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
+    """A run of the guide, and one of the model at its values. Where Pyro validates, data outside of a support are its
+    own error.
+
+    A single draw may put an observation out of its support, and so may a draw of a discrete site that is summed over.
+    So the error is raised only if other draws do the same.
+    """
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        try:
+            with torch.random.fork_rng():
+                model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+            model_trace.compute_log_prob()
+            break
+        except ValueError:
+            if not attempts_left:
+                raise
+    return guide_trace, model_trace
 
 
 def _counts(site: dict[str, Any]) -> bool:

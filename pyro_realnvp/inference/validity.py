@@ -11,24 +11,23 @@ from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Distribution, Independent, constraints
+from torch.distributions import Distribution, Independent, MixtureSameFamily, TransformedDistribution, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.utils import lazy_property
 
+from ..bijections.shapes import of_entries
+from ..distributions import FlowDistribution
 from .relative import plain
 
-# The constraints that compare a number with bounds. All others either hold everywhere, or up to rounding only (as the
-# sum of a simplex), or a value that violates them already has the density nan.
-_BOUNDS = (
-    constraints.greater_than,
-    constraints.greater_than_eq,
-    constraints.less_than,
-    constraints.interval,
-    constraints.half_open_interval,
-    constraints.integer_interval,
-    type(constraints.nonnegative_integer),
-    type(constraints.boolean),
+# Formulas return nan for nan, and the Cholesky decomposition fails where a matrix is not positive definite. Checks of
+# symmetric matrices and of correlations compare up to rounding, which a valid model may exceed.
+_UNCHECKED = (
+    type(constraints.real),
+    type(constraints.dependent),
+    type(constraints.square),  # the symmetric and the definite matrices, too
+    type(constraints.corr_cholesky),
 )
+_ROUNDING = 1e-3  # of a sum of probabilities
 
 
 def is_validated(fn: Distribution) -> bool:
@@ -50,38 +49,73 @@ def apply_validity(trace: Trace, names: Iterable[str]) -> None:
         valid = None if site is None else _valid(site["fn"], site["value"])
         if valid is not None:
             log_p = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            log_p = torch.where(valid, log_p, -torch.inf)
+            log_p = torch.where(_within(valid, log_p.shape), log_p, -torch.inf)
             site["unscaled_log_prob"] = log_p
             site["log_prob"] = scale_and_mask(log_p, site["scale"], site["mask"])
             site["log_prob_sum"] = site["log_prob"].sum()
 
 
 def _valid(fn: Distribution, value: Tensor) -> Tensor | None:
-    """Which elements of a batch are valid, in a shape that broadcasts. None if no constraint has bounds."""
-    if isinstance(fn, (Independent, MaskedDistribution, ExpandedDistribution)):
+    """Which elements of a batch have valid values and parameters. None if there is nothing to check."""
+    if isinstance(fn, FlowDistribution):  # says by itself where it has no density
+        return None
+    if isinstance(fn, MaskedDistribution):
         valid = _valid(fn.base_dist, value)
-        if valid is None:
-            return None
-        if isinstance(fn, MaskedDistribution):
-            return valid | ~torch.as_tensor(fn._mask, device=valid.device)
-        if isinstance(fn, Independent):
-            return valid.flatten(max(0, valid.dim() - fn.reinterpreted_batch_ndims)).all(-1)
-        return valid
-    checks = [constraint.check(number) for constraint, number in _constrained(fn, value) if _has_bounds(constraint)]
+        return None if valid is None else valid | ~torch.as_tensor(fn._mask, device=valid.device)
+    if isinstance(fn, ExpandedDistribution):
+        return _valid(fn.base_dist, value)
+    if isinstance(fn, Independent):
+        return _all(_valid(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+    checks = [_check(constraint, number, fn.batch_shape) for constraint, number in _parameters(fn)]
+    if isinstance(fn, MixtureSameFamily):
+        # Torch's support is where all components have a density, and not where one of them has.
+        valid = _valid(fn.component_distribution, fn._pad(value))
+        checks += [_check(*pair, fn.batch_shape) for pair in _parameters(fn.mixture_distribution)]
+        checks.append(None if valid is None else _within(valid, fn._pad(value).shape).any(-1))
+    else:
+        with suppress(NotImplementedError):
+            valid = _check(fn.support, value)
+            checks.append(_all(valid, len(fn.event_shape) - fn.support.event_dim))
+    if isinstance(fn, TransformedDistribution) and _is_checked(plain(fn.base_dist).support):
+        for transform in reversed(fn.transforms):
+            value = transform.inv(value)
+        checks.append(_all(_valid(fn.base_dist, value), len(fn.event_shape) - len(fn.base_dist.event_shape)))
+    checks = [check for check in checks if check is not None]
     return reduce(operator.and_, checks) if checks else None
 
 
-def _constrained(fn: Distribution, value: Tensor) -> Iterator[tuple[Constraint, Tensor]]:
-    """The value and the parameters of a distribution, as in the constructor of torch's, with their constraints."""
-    with suppress(NotImplementedError):
-        yield fn.support, value
+def _parameters(fn: Distribution) -> Iterator[tuple[Constraint, Tensor]]:
+    """The parameters of a distribution that torch's own constructor would check, with their constraints."""
     for name, constraint in fn.arg_constraints.items():
         is_computed = name not in vars(fn) and isinstance(getattr(type(fn), name, None), lazy_property)
         if not is_computed and isinstance(number := getattr(fn, name, None), Tensor):
             yield constraint, number
 
 
-def _has_bounds(constraint: Constraint) -> bool:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return isinstance(constraint, _BOUNDS)
+def _check(constraint: Constraint, number: Tensor, shape: torch.Size | None = None) -> Tensor | None:
+    """Where a constraint holds. A parameter of events has no axis for them in its constraint; one check is for all."""
+    if not _is_checked(constraint):
+        return None
+    if constraint is constraints.simplex:
+        valid = (number >= 0).all(-1) & ((number.sum(-1) - 1).abs() < _ROUNDING)
+    else:
+        valid = constraint.check(number)
+    return valid if shape is None else _within(valid, shape)
+
+
+def _is_checked(constraint: Constraint) -> bool:
+    return not isinstance(of_entries(constraint), _UNCHECKED)
+
+
+def _all(valid: Tensor | None, event_dim: int) -> Tensor | None:
+    """Whether all entries of an event are valid."""
+    if valid is None or event_dim <= 0:
+        return valid
+    return valid.flatten(max(0, valid.dim() - event_dim)).all(-1)
+
+
+def _within(valid: Tensor, shape: torch.Size) -> Tensor:
+    """`valid`, if it broadcasts to the shape; otherwise one answer for the whole batch."""
+    sizes = zip(reversed(valid.shape), reversed(shape))
+    fits = valid.dim() <= len(shape) and all(size in (1, wanted) for size, wanted in sizes)
+    return valid if fits else valid.all()

@@ -181,6 +181,9 @@ def test_a_support_that_changes_from_call_to_call_is_refused():
     for call in (guide, guide.median):
         with pytest.raises(ValueError, match="support of the latent site 'u' differs from row to row or from call"):
             call(x, 10.0)
+    learned = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(ValueError, match="or is learned"):
+        rn.AmortizedRealNVP(model, Contexts(1, 4), context_dim=4).build(x, learned)
     assert copy.deepcopy(guide)(x)["u"].shape == (5,)
     with pytest.raises(ValueError, match="support of the latent site 'z' differs"):
         rn.AmortizedRealNVP(model, Contexts(1, 4), context_dim=4).build(x[:1], 0.5)

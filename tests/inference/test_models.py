@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models as people write them: what is right for one draw is right, and the rest is an error, never a wrong number."""
 
+import copy
 import functools
 import math
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as T
 import pytest
 import torch
 from helpers import fitted, run_python, table
@@ -23,11 +26,14 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.infer.reparam import NeuTraReparam
+from pyro.nn import PyroModule, PyroParam
 from pyro.ops.indexing import Vindex
+from torch.distributions import constraints
 
 import pyro_realnvp as rn
 from pyro_realnvp.inference.agreement import check
 from pyro_realnvp.inference.density import LogDensity
+from pyro_realnvp.inference.validity import apply_validity
 
 # -- a regression, written in all ways ---------------------------------------------------------------------------------
 
@@ -787,6 +793,64 @@ def test_parameters_that_are_invalid_have_density_zero():
     assert points.grad.isfinite().all()
 
 
+P = torch.tensor([0.2, 0.3, 0.5])
+VALID = {
+    "mixture of normals": (dist.MixtureOfDiagNormals(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2)), (3,)),
+    "scale mixture": (dist.GaussianScaleMixture(torch.ones(3), torch.zeros(2), torch.ones(2)), (3,)),
+    "logistic normal": (dist.LogisticNormal(torch.zeros(2), torch.ones(2)), (3,)),
+    "vector parameter": (dist.MultivariateStudentT(3 * torch.ones(4), torch.zeros(3), torch.eye(3)), (4, 3)),
+    "nested wrappers": (dist.Gamma(torch.ones(1), P.expand(4, 3)).mask(P > 0.2).to_event(1).expand([2, 4]), (2, 4, 3)),
+    "mixture": (dist.MixtureSameFamily(dist.Categorical(P.expand(4, 3)), dist.Exponential(P.expand(4, 3))), (4,)),
+    "pareto": (dist.Pareto(P, P), (3,)),
+    "zero-inflated": (dist.ZeroInflatedPoisson(P, gate=torch.tensor(0.3)), (3,)),
+    "one-hot": (dist.OneHotCategorical(P.expand(4, 3)), (4, 3)),
+    "ordered": (dist.OrderedLogistic(P, torch.tensor([-1.0, 1.0])), (3,)),
+    "cholesky": (dist.LKJCholesky(3, torch.tensor(1.0)), (3, 3)),
+    "covariance": (dist.MultivariateNormal(torch.zeros(2, 3), 0.5 + torch.eye(3)), (2, 3)),
+    "improper": (dist.ImproperUniform(constraints.positive, (2,), (3,)), (2, 3)),
+    "transformed": (dist.TransformedDistribution(dist.Exponential(P), [T.AffineTransform(1.0, 2.0)]), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_valid_values_keep_their_density(name):
+    """The parameters of many distributions have axes of the event, which no log-density has."""
+    fn, shape = VALID[name]
+    value = torch.full(shape, 0.7) if name == "improper" else fn.sample()
+    assert value.shape == shape
+    trace = poutine.trace(lambda: pyro.sample("x", fn, obs=value)).get_trace()
+    apply_validity(trace, ["x"])
+    trace.compute_log_prob()
+    torch.testing.assert_close(trace.nodes["x"]["log_prob"], fn.log_prob(value))
+
+
+INVALID = {
+    "shifted": lambda s: (dist.TransformedDistribution(dist.Gamma(1.0, torch.ones(3)), [T.AffineTransform(s, 1.0)]), P),
+    "mixture": lambda s: (dist.MixtureSameFamily(dist.Categorical(P), dist.Exponential(P)), 0.6 - s),
+    "weights": lambda s: (dist.MixtureSameFamily(dist.Categorical(torch.stack([s, 1 - s])), dist.Normal(0, P[:2])), s),
+    "categorical": lambda s: (dist.Categorical(torch.stack([s / 2, s / 2, 1 - s])), torch.tensor(0)),
+    "one-hot": lambda s: (dist.OneHotCategorical(torch.stack([s / 2, s / 2, 1 - s])), torch.tensor([1.0, 0.0, 0.0])),
+    "multinomial": lambda s: (dist.Multinomial(2, torch.stack([s / 2, s / 2, 1 - s])), torch.tensor([1.0, 1.0, 0.0])),
+    "cutpoints": lambda s: (dist.OrderedLogistic(P[0], torch.stack([s, torch.tensor(1.0)])), torch.tensor(0)),
+    "simplex": lambda s: (dist.Dirichlet(torch.ones(2)), torch.stack([s, 1 - s])),
+    "cholesky": lambda s: (dist.MultivariateNormal(P[:2], scale_tril=(1 - s) * torch.eye(2)), P[:2]),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_all_kinds_of_invalid_values_have_density_zero(name):
+    def model():
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        fn, value = INVALID[name](s)
+        pyro.sample("y", fn, obs=value)
+
+    good, bad = torch.tensor(0.1), torch.tensor(1.5)
+    density = LogDensity(model, values={"s": good})
+    log_p = torch.stack([density.one({"s": s}) for s in (good, bad)])
+    expected = poutine.trace(poutine.condition(model, {"s": good})).get_trace().log_prob_sum()
+    torch.testing.assert_close(log_p, torch.stack([expected, torch.tensor(-torch.inf)]))
+
+
 def test_a_state_with_invalid_values_leaves_the_sum():
     """In the first state the observation is outside of the support, so that the second one has all of the density."""
 
@@ -800,6 +864,69 @@ def test_a_state_with_invalid_values_leaves_the_sum():
     a = torch.tensor([0.5, 2.0])
     states = torch.stack([0.75 * (a - 1).exp() * (a < 1), 0.25 * torch.full((2,), -1.0).exp()])
     torch.testing.assert_close(density({"a": a}), dist.Normal(0.0, 1.0).log_prob(a) + states.sum(0).log())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_discrete_site_that_is_drawn_impossibly_is_summed_over(seed):
+    """Half of the numbers N are too small for the counts, which is no reason not to start."""
+    counts = torch.tensor([2.0, 4.0, 3.0])
+
+    @config_enumerate
+    def model():
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        number = pyro.sample("N", dist.Categorical(torch.ones(8)))
+        with pyro.plate("n", 3):
+            pyro.sample("k", dist.Binomial(number.float(), p), obs=counts)
+
+    p, numbers = torch.linspace(0.0005, 0.9995, 1000), torch.arange(4.0, 8.0)
+    of_counts = dist.Binomial(numbers[:, None, None], p[:, None]).log_prob(counts).sum(-1)
+    evidence = (of_counts.logsumexp(0) + dist.Beta(2.0, 2.0).log_prob(p)).logsumexp(0) - math.log(8 * 1000)
+    pyro.set_rng_seed(seed)
+    guide = fitted(model, num_steps=100)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(evidence.item(), abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_first_draw_that_is_impossible_is_no_error(seed):
+    pyro.set_rng_seed(seed)
+    guide = AutoNormal(shifted(dist.Exponential, rate=1.0), init_scale=0.5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="[0-9]+ of 3 steps had a loss or gradient that is not finite")
+        rn.fit_guide(guide, num_steps=3, num_particles=8, progress=False)
+
+
+def test_observations_that_are_always_impossible_are_an_error():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Exponential(a.exp()), obs=torch.tensor(-1.0))
+
+    for make in (rn.AutoRealNVP, AutoNormal):
+        with pytest.raises(ValueError, match="to be within the support"):
+            rn.fit_guide(make(model), num_steps=1, progress=False)
+
+
+def test_a_support_that_is_learned():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.high = PyroParam(torch.tensor(8.0), constraints.positive)
+
+        def forward(self, y):
+            with pyro.plate("n", len(y)):
+                z = pyro.sample("z", dist.Uniform(0.0, self.high))
+                pyro.sample("y", dist.Normal(z, 0.2), obs=y)
+
+    y, model = torch.linspace(0.1, 4.6, 10), Model()
+    guide = rn.AutoRealNVP(model)
+    rn.fit_guide(guide, y, num_steps=300, lr=0.03, progress=False)
+    assert model.high < 6
+    assert (guide.sample(2000)["z"].mean(0) - y).abs().max() < 0.15
+    unpickled = pickle.loads(pickle.dumps(guide))
+    rn.diagnose(unpickled, y, model=model)
+    for other in (copy.deepcopy(guide), unpickled):
+        assert (other(y)["z"] - y).abs().max() < 1
+    svi = SVI(model, rn.AutoRealNVP(model), pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    assert all(math.isfinite(svi.step(y)) for _ in range(3))
 
 
 def test_draws_of_ones_own_in_place_of_a_sum_are_refused():
