@@ -14,9 +14,10 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from helpers import perturb, small
+from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
-from pyro.nn import DenseNN, PyroModule
+from pyro.nn import DenseNN, PyroModule, PyroSample
 from torch import nn
 
 import pyro_realnvp as rn
@@ -260,6 +261,74 @@ def test_functions_of_a_bijection_of_ones_own_are_not_stale():
         assert f.log_abs_det_jacobian(x, y).sum() == 0
         f.scale = new
         torch.testing.assert_close(f.log_abs_det_jacobian(x, y), torch.full((5,), 2 * math.log(2)))
+
+
+def test_a_part_replaced_by_another_part_is_not_stale():
+    one, two = perturb(small(2)), perturb(small(2))
+    f = rn.Compose([one, one, two])
+    d = dist.TransformedDistribution(standard(2), [f])
+    y = d.rsample((5,))
+    before = d.log_prob(y)
+    f.parts[1] = two
+    assert not torch.equal(d.log_prob(y), before)
+    torch.testing.assert_close(d.log_prob(y), d.log_prob(y.clone()))
+
+
+class Grouped(nn.Module):
+    """A conditioner whose plain attributes matter by how they are nested, named and shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([perturb(rn.MLP(1, 2, hidden_dims=(4,))) for _ in range(2)])
+        self.active = self.experts[0]
+        self.groups = [[1.0, 2.0], [3.0]]
+        self.options = {"scale": 0.5}
+        self.scale = torch.ones(1)
+        self.times = self.scale.mul
+        self.shift = self._shift
+
+    def _shift(self, raw, by=[0.0]):  # noqa: B006
+        return raw + by[0]
+
+    def forward(self, x):
+        first, last = (sum(group) for group in self.groups)
+        raw = first * self.active(x) + last * x
+        raw = raw * self.options["scale"] if "scale" in self.options else raw + self.options["shift"]
+        return self.times(self.shift(raw))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda net: setattr(net, "active", net.experts[1]),
+        lambda net: setattr(net, "groups", [[1.0], [2.0, 3.0]]),
+        lambda net: net.groups[1].append(net.groups[0].pop()),
+        lambda net: net.options.__setitem__("shift", net.options.pop("scale")),
+        lambda net: setattr(net, "options", {"shift": 0.5}),
+        lambda net: net.scale.mul_(2.0),
+        lambda net: Grouped._shift.__defaults__[0].__setitem__(0, 1.0 + Grouped._shift.__defaults__[0][0]),
+    ],
+)
+def test_how_a_conditioner_holds_its_attributes_is_not_stale(edit):
+    net = Grouped()
+    f, x = rn.AffineCoupling(masks.half(2), net), torch.randn(5, 2)
+    y = f(x)
+    before = f.log_abs_det_jacobian(x, y)
+    assert f.log_abs_det_jacobian(x, y) is before
+    edit(net)
+    assert not torch.equal(f.log_abs_det_jacobian(x, y), before)
+
+
+def test_what_pyro_draws_at_each_reading_is_not_remembered():
+    net = PyroModule[nn.Linear](1, 2)
+    net.weight = PyroSample(lambda self: dist.Normal(torch.zeros(2, 1), 1.0).to_event(2))
+    f, x = rn.AffineCoupling(masks.half(2), net), torch.randn(5, 2)
+    found = []
+    for weight in (torch.tensor([[2.0], [1.0]]), torch.tensor([[-2.0], [1.0]])):
+        with poutine.condition(data={"weight": weight}):
+            y = f(x) if not found else y
+            found.append(f.log_abs_det_jacobian(x, y))
+    assert not torch.equal(*found)
 
 
 def test_a_conditioner_with_an_array_is_not_remembered():

@@ -3,10 +3,10 @@
 
 import operator
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -125,15 +125,16 @@ class _Reads:
     """The state that an evaluation of a bijection depends on: tensors, modules with a train mode, and plain values.
 
     `tensors` is None if the walk meets an object that it cannot see into, and then nothing is remembered. The walk is
-    slow, so its result is kept: `is_current` compares the watched dictionaries with what they held during the walk.
+    slow, so its result is kept: `is_current` compares the watched containers with what they held during the walk.
     """
 
     def __init__(self, bijection: nn.Module):
         self.tensors: list[Tensor] | None = []
         self.modules: list[nn.Module] = []
         self.values: list = []
+        """Plain values, and what says how everything is held: names, lengths, and what was met before."""
         self._watched: list[dict] = []  # the dictionaries that hold all of this state
-        self._containers: list[list | set] = []  # others that do
+        self._containers: list = []  # what else does, and dictionaries whose keys matter
         self._options: list[tuple[dict, str]] = []  # single entries of others: the plain attributes of layers
         self._sized: list[dict] = []  # those others, to which an entry may be added
         self._walk(bijection)
@@ -141,53 +142,82 @@ class _Reads:
 
     def _walk(self, bijection: nn.Module) -> None:
         stack: list = [bijection]
-        seen: set[int] = set()
+        met: dict[int, int] = {}
         while stack:
             item = stack.pop()
             if isinstance(item, Tensor):
                 self.tensors.append(item)
+                self.values.append(Tensor)
             elif item is None or isinstance(item, _CONSTANTS):
                 self.values.append(item)
-            elif id(item) in seen:
-                continue
-            elif isinstance(item, nn.Module):
-                self.modules.append(item)
-                for held in (item._parameters, item._buffers, item._modules):
-                    self._watched.append(held)
-                    stack.extend(held.values())
-                for hooks in (item._forward_hooks, item._forward_pre_hooks):
-                    self._watched.append(hooks)
-                    self.values += hooks.values()
-                # A user's class, too, may hold tensors, numbers and containers as plain attributes.
-                own = vars(item)
-                if isinstance(item, (Transform, Constants)):
-                    self._watched.append(own)
-                    own = own_attributes(item)
-                    stack += [value for name, value in own.items() if name not in _OF_MODULES and name != "_memo"]
-                else:
-                    names = [name for name in own if name not in _OF_MODULES]
-                    self._options += [(own, name) for name in names]
-                    self._sized.append(own)
-                    stack += [own[name] for name in names]
-            elif isinstance(item, Transform):
-                self._watched.append(vars(item))
-                stack.extend(own_attributes(item).values())
-            elif isinstance(item, dict):
-                self._watched.append(item)
-                stack.extend(item.values())
-            elif isinstance(item, (list, set)):
-                self._containers.append(item)
-                stack.extend(item)
-            elif isinstance(item, (tuple, frozenset)):
-                stack.extend(item)
-            elif isinstance(item, MethodType):
-                stack += (item.__func__, item.__self__)
-            elif isinstance(item, partial):
-                stack += (item.func, item.args, item.keywords)
+            elif id(item) in met:
+                self.values.append((id, met[id(item)]))
             else:
-                self.tensors = None
-                return
-            seen.add(id(item))
+                met[id(item)] = len(met)
+                parts = self._parts(item)
+                if parts is None or not all(isinstance(name, _CONSTANTS) for name in parts):
+                    self.tensors = None
+                    return
+                self.values.append((type(item), *parts))
+                stack.extend(parts.values())
+
+    def _parts(self, item: object) -> dict | None:
+        """What an object holds, by names that tell it from an object that holds the same otherwise. None if unknown."""
+        if isinstance(item, nn.Module):
+            return self._parts_of_module(item)
+        if isinstance(item, Transform):
+            self._watched.append(vars(item))
+            return own_attributes(item)
+        if isinstance(item, (MethodType, FunctionType, BuiltinFunctionType)):
+            return self._parts_of_function(item)
+        if isinstance(item, partial):
+            return {"func": item.func, "args": item.args, "keywords": item.keywords}
+        if isinstance(item, weakref.ref):
+            return {"of": item()}
+        if getattr(item, "__dict__", None):  # a container with attributes of its own
+            return None
+        if isinstance(item, dict):
+            self._watched.append(item)
+            self._containers.append(item)
+            return item
+        if isinstance(item, (list, set)):
+            self._containers.append(item)
+        return dict(enumerate(item)) if isinstance(item, (list, set, tuple, frozenset)) else None
+
+    def _parts_of_module(self, item: nn.Module) -> dict | None:
+        own = vars(item)
+        if own.get("_pyro_samples"):  # Pyro draws these attributes, each time that they are read.
+            return None
+        self.modules.append(item)
+        parts: dict = {}
+        for held in (item._parameters, item._buffers, item._modules):
+            self._watched.append(held)
+            parts |= held
+        for hooks in (item._forward_hooks, item._forward_pre_hooks):
+            self._watched.append(hooks)
+            self.values += hooks.values()
+        # A user's class, too, may hold tensors, numbers and containers as plain attributes.
+        if isinstance(item, (Transform, Constants)):
+            self._watched.append(own)
+            own = own_attributes(item)
+            names = [name for name in own if name not in _OF_MODULES and name != "_memo"]
+        else:
+            names = [name for name in own if name not in _OF_MODULES]
+            self._options += [(own, name) for name in names]
+            self._sized.append(own)
+        return parts | {name: own[name] for name in names}
+
+    def _parts_of_function(self, item: Callable) -> dict | None:
+        """A function is code, and a method of a class is, too. What it holds beside it may change."""
+        if isinstance(item, MethodType):
+            return {"func": item.__func__, "self": item.__self__}
+        self.values.append(item)
+        if isinstance(item, BuiltinFunctionType):
+            owner = item.__self__
+            return {} if owner is None or isinstance(owner, (ModuleType, type)) else {"self": owner}
+        if item.__closure__ or vars(item):
+            return None
+        return {"defaults": item.__defaults__, "keywords": item.__kwdefaults__}
 
     def _look(self) -> list:
         held = chain(chain.from_iterable(map(dict.values, self._watched)), chain.from_iterable(self._containers))
@@ -225,10 +255,6 @@ class _Reads:
 
 _OF_MODULES = frozenset(vars(nn.Module())) | {"_pyro_context"}
 _CONSTANTS = (int, float, complex, str, bytes, slice, type, torch.dtype, torch.device, Constraint)
-# Functions are code, as methods are. Torch's recurrent layers hold weak references to their own parameters.
-_CONSTANTS += (FunctionType, BuiltinFunctionType, weakref.ref)
-
-
 InverseTransform = type(ExpTransform().inv)
 
 
