@@ -159,9 +159,13 @@ class MixtureBase(nn.Module):
 
     @property
     def needs_data(self) -> bool:
-        """Whether :func:`fit` initializes the mixture from its rows: it is new, and nothing of it has been set."""
+        """Whether :func:`fit` initializes the mixture from its rows: it is new, nothing of it has been set, and it is
+        not frozen."""
+        return not self._has_started() and any(p.requires_grad for p in self.parameters())
+
+    def _has_started(self) -> bool:
         self._started = self._started or any(bool(own.any()) for own in self.parameters(recurse=False))
-        return not self._started
+        return self._started
 
     @torch.no_grad()
     def start_at(self, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> "MixtureBase":
@@ -267,17 +271,18 @@ class MixtureBase(nn.Module):
             locs, log_diagonals = (
                 own + by.unflatten(-1, own.shape) for own, by in zip((locs, log_diagonals), shifts[1:])
             )
-        trils = self.start_trils * log_diagonals.exp().unsqueeze(-2)
-        if self.lowers is not None:
-            trils = trils + self.start_trils @ self.lowers.tril(-1)
-        locs = self.start_locs + (self.start_trils @ locs.unsqueeze(-1)).squeeze(-1)
+        with torch.autocast(locs.device.type, enabled=False):  # which is for the products of networks
+            trils = self.start_trils * log_diagonals.exp().unsqueeze(-2)
+            if self.lowers is not None:
+                trils = trils + self.start_trils @ self.lowers.tril(-1)
+            locs = self.start_locs + (self.start_trils @ locs.unsqueeze(-1)).squeeze(-1)
         pieces = dist.MultivariateNormal(locs, scale_tril=temperature * trils, validate_args=False)
         categories = dist.Categorical(logits=self.start_logits + logits, validate_args=False)
         return NormalMixture(categories, pieces, validate_args=False)
 
     # As in ActNorm, the flag is a Python value, since code that branches on a buffer would wait for the GPU.
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(not self.needs_data)
+        return torch.tensor(self._has_started())
 
     def set_extra_state(self, state: Tensor) -> None:
         self._started = bool(state)

@@ -323,10 +323,10 @@ def test_what_pyro_draws_at_each_reading_is_not_remembered():
     net = PyroModule[nn.Linear](1, 2)
     net.weight = PyroSample(lambda self: dist.Normal(torch.zeros(2, 1), 1.0).to_event(2))
     f, x = rn.AffineCoupling(masks.half(2), net), torch.randn(5, 2)
-    found = []
+    found, y = [], None
     for weight in (torch.tensor([[2.0], [1.0]]), torch.tensor([[-2.0], [1.0]])):
         with poutine.condition(data={"weight": weight}):
-            y = f(x) if not found else y
+            y = f(x) if y is None else y
             found.append(f.log_abs_det_jacobian(x, y))
     assert not torch.equal(*found)
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned linear and affine maps."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +11,21 @@ from torch import Tensor, nn
 from .bijection import Bijection
 from .reshape import Permute
 from .shapes import channel_events, positions
+
+
+def _in_full_precision(evaluate: Callable) -> Callable:
+    """Evaluates a map outside of autocast, which is for the products of networks, and would round the data here."""
+
+    @wraps(evaluate)
+    def evaluate_outside(self: Bijection, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return evaluate(self, x, context)
+        dtype = next(self.parameters()).dtype
+        with torch.autocast(device, enabled=False):
+            return evaluate(self, x.to(dtype), None if context is None else context.to(dtype))
+
+    return evaluate_outside
 
 
 class InvertibleLinear(Bijection):
@@ -59,11 +77,13 @@ class InvertibleLinear(Bijection):
         event_dim = len(self.event_shape)
         return (positions(x, event_dim) * self.log_diagonal.sum()).expand(x.shape[: x.dim() - event_dim])
 
+    @_in_full_precision
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self._factors()
         columns = (lower @ (upper @ self._columns(x))).index_select(-2, self.permute.permutation)
         return self._events(columns, x.shape), self._ladj(x)
 
+    @_in_full_precision
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self._factors()
         columns = self._columns(y).index_select(-2, self.permute.inverse_permutation)
@@ -140,11 +160,13 @@ class TriangularAffine(Bijection):
         self.start_tril.copy_(diagonal if self.lower is None else scale_tril)
         return self
 
+    @_in_full_precision
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self.loc + x * self.log_diagonal.exp() + (0.0 if self.lower is None else F.linear(x, self.lower.tril(-1)))
         y = self.start_loc + (x * self.start_tril if self.lower is None else F.linear(x, self.start_tril))
         return y, self._ladj().expand(x.shape[:-1])
 
+    @_in_full_precision
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = y - self.start_loc
         if self.lower is None:
@@ -211,11 +233,13 @@ class LowRankAffine(Bijection):
         self.stretches.fill_(1.0)[:rank] = stretches.to(self.stretches)
         return self
 
+    @_in_full_precision
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self.loc + x * self.log_diagonal.exp()
         x = x + ((x @ self.directions) * (self.stretches - 1)) @ self.directions.mT
         return self.start_loc + self.start_scale * x, self._ladj().expand(x.shape[:-1])
 
+    @_in_full_precision
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = (y - self.start_loc) / self.start_scale
         # The identity of Woodbury. It holds whatever the rounding of V is, as it is after a change of precision.
@@ -273,11 +297,13 @@ class ConditionalAffine(Bijection):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
+    @_in_full_precision
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, shift = self.linear(context).chunk(2, -1)
         y = x * log_scale.exp() + shift
         return y, log_scale.sum(-1).expand(y.shape[:-1])
 
+    @_in_full_precision
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, shift = self.linear(context).chunk(2, -1)
         x = (y - shift) * (-log_scale).exp()

@@ -14,6 +14,29 @@ def test_linear_is_a_matrix():
     torch.testing.assert_close(f.log_abs_det_jacobian(x, f(x)), torch.linalg.slogdet(matrix).logabsdet.expand(5))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: rn.InvertibleLinear(4),
+        lambda: rn.TriangularAffine(4),
+        lambda: rn.LowRankAffine(4, rank=2),
+        lambda: rn.ConditionalAffine(4, context_dim=2).condition(torch.ones(2)),
+    ],
+)
+def test_autocast_does_not_round_the_data(make):
+    """It is for the products of networks."""
+    f, x = perturb(make()), 1000 + torch.randn(5, 4)
+    for evaluate in (f.forward_and_ladj, f.inverse_and_ladj):
+        expected = evaluate(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            for got, want in zip(evaluate(x), expected):
+                assert torch.equal(got, want) and got.dtype == torch.float32
+    base = perturb(rn.MixtureBase(4, num_components=2))
+    expected = base().log_prob(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(base().log_prob(x), expected)
+
+
 @table(
     ("make", "error", "message"),
     {

@@ -100,6 +100,23 @@ def test_a_trained_flow_keeps_its_layers():
     assert len(flow.bijection.parts) == len(small(2).parts)
 
 
+def test_a_trained_spline_far_from_its_rows_keeps_its_layers():
+    """It is the identity beyond its bound, as a new flow is everywhere."""
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2, hidden_dims=(8,), coupling=rn.SplineCoupling))
+    run(flow, 2 * torch.rand(500, 2) - 1, num_steps=50)
+    before = flow().log_prob(torch.zeros(2)).item()
+    with pytest.warns(RuntimeWarning, match="the flow is no longer new"):
+        run(flow, torch.rand(500, 2) + 50, num_steps=1, lr=1e-9)
+    assert flow().log_prob(torch.zeros(2)).item() == pytest.approx(before, abs=1e-4)
+
+
+def test_a_frozen_mixture_stays_as_it_is():
+    flow = rn.Flow(small(2), base=rn.MixtureBase(2, num_components=3))
+    before = flow.base.requires_grad_(False).start_locs.clone()
+    run(flow, torch.randn(500, 2), num_steps=2)
+    assert torch.equal(flow.base.start_locs, before)
+
+
 def test_a_base_elsewhere_is_the_scale():
     base = rn.Base(dist.Normal, loc=torch.tensor([100.0, 0.0]), scale=torch.tensor([20.0, 1.0]))
     x = torch.randn(500, 2) * torch.tensor([20.0, 1.0]) + torch.tensor([100.0, 0.0])
