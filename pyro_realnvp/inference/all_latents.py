@@ -153,18 +153,20 @@ class AllLatents(GuideBase, AutoContinuous):
         )
 
     def _find_dynamic_supports(self, density: LogDensity) -> bool:
-        """Whether supports depend on latents or arguments: those of the prototype then give other values at a point.
+        """Whether supports depend on latents, arguments or parameters.
 
-        Or they depend on parameters, and then the values have a graph.
+        They then have a graph, or they give other values at a point than those of the prototype.
         """
-        point = self._init_loc().detach() + 0.5
-        values, _ = self._constrain_by_prototype(point)
         with torch.enable_grad():
-            own = density.run(point, relative={})[1].values
-        return any(
-            own[name].requires_grad or not torch.allclose(values[name], own[name].to(values[name]), equal_nan=True)
-            for name in own
-        )
+            point = self._init_loc().detach().requires_grad_() + 0.5
+            trace, place = density.run(point, relative={})
+            values, _ = self._constrain_by_prototype(point)
+            for name, site in self.sites.items():
+                at_fixed, _ = site.constrain(name, trace.nodes[name]["fn"], place.unconstrained[name].detach())
+                own = place.values[name].to(values[name])
+                if at_fixed.requires_grad or not torch.allclose(values[name], own, equal_nan=True):
+                    return True
+        return False
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The bijection from the base to unconstrained coordinates.

@@ -92,8 +92,9 @@ class PosteriorSamples:
             model: the model; only needed for draws that were unpickled, or for one that differs from that of the draws
                 in what is observed.
             log_likelihood: whether to add :math:`\log p(x_n \mid z)` of each observation, which ``arviz.loo`` reads,
-                and the group ``observed_data``. Terms of ``pyro.factor`` are none. Entries that a mask leaves out of
-                the density, as ``obs_mask`` does, are no observations: the others of the site are then on one axis.
+                and the group ``observed_data``. Terms of ``pyro.factor`` are none, and ``poutine.scale`` does not
+                count. Entries that a mask leaves out of the density, as ``obs_mask`` does, are no observations: the
+                others of the site are then on one axis.
             posterior_predictive: whether to add one new draw of each observation for each draw of the latents, and the
                 group ``observed_data``. Discrete latents that the model sums over are drawn from their priors.
 

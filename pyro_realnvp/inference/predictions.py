@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What draws of a model's latents say about its observations: their log-likelihoods, and new observations."""
 
+import operator
 import warnings
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from .agreement import check
@@ -54,7 +57,7 @@ class Predictions:
 
     @torch.no_grad()
     def log_likelihood(self) -> dict[str, Tensor]:
-        """The log-likelihood of each observation, ``(N,) + its shape``, in nats.
+        """The log-likelihood of each observation, ``(N,) + its shape``, in nats. ``poutine.scale`` does not count.
 
         Of a site of which a mask leaves entries out of the density, as ``obs_mask`` does with those that are missing,
         the other entries are the observations, on one axis.
@@ -74,7 +77,8 @@ class Predictions:
             with pyro.validation_enabled(False):
                 apply_validity(trace, self.density.validated)
                 trace.compute_log_prob()
-            return ({name: trace.nodes[name]["log_prob"] for name in self._masks},)
+            sites = {name: trace.nodes[name] for name in self._masks}
+            return ({n: scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]) for n, site in sites.items()},)
 
         pieces = split(self.samples, self.density.piece)
         mapped, own = self.density.is_mapped, self.density.own_tensors
@@ -118,9 +122,11 @@ def _is_observation(site: dict) -> bool:
 
 def _mask(site: dict) -> Tensor | None:
     """Which elements of the batch of a site the density counts. None for all."""
-    fn, mask = site["fn"], batch_mask(site)
-    own = fn._mask if isinstance(fn, MaskedDistribution) else True
-    if own is True:
-        return mask
-    own = torch.as_tensor(own, device=site["value"].device).expand(fn.batch_shape)
-    return own if mask is None else own & mask
+    fn, masks = site["fn"], [batch_mask(site)]
+    shape, device = fn.batch_shape, site["value"].device
+    while isinstance(fn, (MaskedDistribution, ExpandedDistribution)):
+        if isinstance(fn, MaskedDistribution) and fn._mask is not True:
+            masks.append(torch.as_tensor(fn._mask, device=device).expand(shape))
+        fn = fn.base_dist
+    masks = [mask for mask in masks if mask is not None]
+    return reduce(operator.and_, masks) if masks else None

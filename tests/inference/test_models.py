@@ -189,6 +189,16 @@ def test_a_support_that_depends_on_a_latent():
     assert (posterior.samples["b"] < posterior.samples["a"]).all()
 
 
+def test_a_support_that_depends_on_a_latent_only_far_away():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Uniform(0.0, x.clamp(min=1.0)))
+
+    guide = fitted(model, num_steps=200)
+    draws = guide.sample(20_000)
+    assert ((draws["y"] > 1).float().mean() - 0.047).abs() < 0.01 and (draws["y"] < draws["x"].clamp(min=1)).all()
+
+
 def test_a_support_that_depends_on_an_argument():
     def model(upper, y=2.0):
         a = pyro.sample("a", dist.Uniform(0.0, upper))
@@ -807,6 +817,7 @@ VALID = {
     "ordered": (dist.OrderedLogistic(P, torch.tensor([-1.0, 1.0])), (3,)),
     "cholesky": (dist.LKJCholesky(3, torch.tensor(1.0)), (3, 3)),
     "covariance": (dist.MultivariateNormal(torch.zeros(2, 3), 0.5 + torch.eye(3)), (2, 3)),
+    "gumbel": (dist.Gumbel(torch.tensor([-20.0, 0.0, 5.0]), 1.0), (3,)),
     "improper": (dist.ImproperUniform(constraints.positive, (2,), (3,)), (2, 3)),
     "transformed": (dist.TransformedDistribution(dist.Exponential(P), [T.AffineTransform(1.0, 2.0)]), (3,)),
 }
@@ -816,7 +827,7 @@ VALID = {
 def test_valid_values_keep_their_density(name):
     """The parameters of many distributions have axes of the event, which no log-density has."""
     fn, shape = VALID[name]
-    value = torch.full(shape, 0.7) if name == "improper" else fn.sample()
+    value = torch.full(shape, 0.7) if name in ("improper", "gumbel") else fn.sample()
     assert value.shape == shape
     trace = poutine.trace(lambda: pyro.sample("x", fn, obs=value)).get_trace()
     apply_validity(trace, ["x"])

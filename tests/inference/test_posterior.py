@@ -88,13 +88,16 @@ def test_entries_that_a_mask_leaves_out_are_no_observations(posterior):
         with pyro.plate("rows", len(X)):
             if by == "obs_mask":
                 pyro.sample("y", fn, obs=y, obs_mask=counted)
+            elif by == "two masks and a scale":
+                with poutine.scale(scale=3.0):
+                    pyro.sample("y", fn.mask(counted).mask(torch.arange(12) >= 0), obs=y)
             else:
                 pyro.sample("y", fn.mask(counted), obs=y)
         with poutine.mask(mask=False):
             pyro.sample("none", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
 
     expected = posterior.to_arviz(COUNTS, log_likelihood=True).log_likelihood["y"].values[..., counted]
-    for by, name in (("obs_mask", "y_observed"), ("fn.mask", "y")):
+    for by, name in (("obs_mask", "y_observed"), ("fn.mask", "y"), ("two masks and a scale", "y")):
         rest = {"y_unobserved": torch.zeros(len(posterior.samples["b"]), 12)} if by == "obs_mask" else {}
         draws = dataclasses.replace(posterior, samples=posterior.samples | rest)
         data = draws.to_arviz(by, COUNTS, model=masked, log_likelihood=True, posterior_predictive=True)
