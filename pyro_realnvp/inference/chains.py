@@ -8,7 +8,7 @@ import torch
 from pyro.ops.dual_averaging import DualAveraging
 from torch import Tensor
 
-from .pulled_back import PulledBack
+from .pulled_back import PulledBack, never_finite
 
 _DIVERGENT = 1000.0  # nats of error in the energy, as in Stan
 _TARGET = 0.651  # the best acceptance probability of a Hamiltonian trajectory (Beskos et al. 2013)
@@ -80,10 +80,7 @@ class Chains:
         log_w = self.target(point) - self.target.base.log_prob(point)
         is_finite = log_w.isfinite()
         if not is_finite.any():
-            raise ValueError(
-                f"the log-density is not finite at any of {len(log_w)} draws of the guide: train the guide, or check "
-                "the model's supports and data"
-            )
+            raise never_finite(len(log_w))
         # The largest of log w + Gumbel noise are a sample without replacement.
         gumbel = -torch.empty_like(log_w).exponential_().log()
         order = torch.where(is_finite, log_w + gumbel, -torch.inf).argsort(descending=True)[: int(is_finite.sum())]

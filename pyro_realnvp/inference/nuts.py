@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..training.progress import Progress
 from .posterior import PosteriorSamples
-from .pulled_back import PulledBack
+from .pulled_back import PulledBack, never_finite
 
 _MOST_STARTS = 100
 
@@ -113,7 +113,4 @@ def _start(target: PulledBack) -> Tensor:
         start = target.base.sample()
         if target.one(start).isfinite():
             return start
-    raise ValueError(
-        f"the log-density is not finite at any of {_MOST_STARTS} draws of the guide: train the guide, or check the "
-        "model's supports and data"
-    )
+    raise never_finite(_MOST_STARTS)

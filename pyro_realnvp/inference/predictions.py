@@ -42,9 +42,8 @@ class Predictions:
         self.samples = samples
         self.density: LogDensity = LogDensity(model, args, kwargs, values=map_points(samples, lambda draws: draws[0]))
         nodes = self.density.trace.nodes
-        self._masks: dict[str, Tensor | None] = {
-            name: _mask(site) for name, site in nodes.items() if _is_observation(site)
-        }
+        masks = {name: _mask(site) for name, site in nodes.items() if _is_observation(site)}
+        self._masks: dict[str, Tensor | None] = {n: mask for n, mask in masks.items() if mask is None or mask.any()}
         values = {name: nodes[name]["value"].unsqueeze(0) for name in self._masks}
         self.observed: dict[str, Tensor] = {name: value[0] for name, value in self._counted(values).items()}
         if not self.observed:
@@ -105,13 +104,7 @@ class Predictions:
 
     def _counted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those entries of each observation that count, of values with an axis of draws."""
-        counted = {}
-        for name, mask in self._masks.items():
-            if mask is None:
-                counted[name] = values[name]
-            elif mask.any():
-                counted[name] = values[name][:, mask]
-        return counted
+        return {n: values[n] if mask is None else values[n][:, mask] for n, mask in self._masks.items()}
 
 
 def _is_observation(site: dict) -> bool:

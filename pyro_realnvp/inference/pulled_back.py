@@ -19,6 +19,14 @@ from .subsampling import Pass
 from .traces import check_argument_names, model_of, run, values_of
 
 
+def never_finite(num_draws: int) -> ValueError:
+    """The error of a sampler that finds no start."""
+    return ValueError(
+        f"the log-density is not finite at any of {num_draws} draws of the guide: train the guide, or check the "
+        "model's supports and data"
+    )
+
+
 class PulledBack:
     r""":math:`\log p(x, T(\epsilon)) + \log|\det \partial T / \partial \epsilon|` of a model and a guide
     :math:`z = T(\epsilon),\ \epsilon \sim p_0`.

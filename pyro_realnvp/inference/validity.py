@@ -71,7 +71,7 @@ def _valid(fn: Distribution, value: Tensor) -> Tensor | None:
         # Torch's support is where all components have a density, and not where one of them has.
         valid = _valid(fn.component_distribution, fn._pad(value))
         checks += [_check(*pair, fn.batch_shape) for pair in _parameters(fn.mixture_distribution)]
-        checks.append(None if valid is None else _within(valid, fn._pad(value).shape).any(-1))
+        checks.append(None if valid is None else valid.any(-1))
     else:
         with suppress(NotImplementedError):
             valid = _check(fn.support, value)

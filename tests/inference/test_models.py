@@ -180,12 +180,12 @@ def test_a_support_that_depends_on_a_latent():
     assert draws["b"].mean() == pytest.approx(0.789, abs=0.02) and (draws["b"] < draws["a"]).all()
     report = rn.diagnose(guide)
     assert report.log_evidence == pytest.approx(-1.991, abs=0.02)
-    elbos = [-Trace_ELBO().loss(dynamic, guide) for _ in range(100)]  # the guide under Pyro's own loss
-    assert sum(elbos) / len(elbos) == pytest.approx(report.elbo, abs=0.08)
+    elbos = [-Trace_ELBO().loss(dynamic, guide) for _ in range(300)]  # the guide under Pyro's own loss
+    assert sum(elbos) / len(elbos) == pytest.approx(report.elbo, abs=0.05)
     elbo = Trace_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=0)
     assert -elbo.loss(dynamic, guide) == pytest.approx(report.elbo, abs=0.05)
-    posterior = rn.neutra(guide, num_samples=300, warmup_steps=100, progress=False)
-    assert posterior.samples["b"].mean() == pytest.approx(0.789, abs=0.1)
+    posterior = rn.neutra(guide, num_samples=600, warmup_steps=200, progress=False)
+    assert posterior.samples["b"].mean() == pytest.approx(0.789, abs=0.08)
     assert (posterior.samples["b"] < posterior.samples["a"]).all()
 
 
@@ -811,6 +811,14 @@ VALID = {
     "vector parameter": (dist.MultivariateStudentT(3 * torch.ones(4), torch.zeros(3), torch.eye(3)), (4, 3)),
     "nested wrappers": (dist.Gamma(torch.ones(1), P.expand(4, 3)).mask(P > 0.2).to_event(1).expand([2, 4]), (2, 4, 3)),
     "mixture": (dist.MixtureSameFamily(dist.Categorical(P.expand(4, 3)), dist.Exponential(P.expand(4, 3))), (4,)),
+    "components with other supports": (
+        dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(20, 2)),
+            dist.Uniform(0.0, torch.tensor([1.0, 9.0]), validate_args=False).expand([20, 2]),
+            validate_args=False,
+        ),
+        (20,),
+    ),
     "pareto": (dist.Pareto(P, P), (3,)),
     "zero-inflated": (dist.ZeroInflatedPoisson(P, gate=torch.tensor(0.3)), (3,)),
     "one-hot": (dist.OneHotCategorical(P.expand(4, 3)), (4, 3)),
