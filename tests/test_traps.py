@@ -281,6 +281,10 @@ class Grouped(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList([perturb(rn.MLP(1, 2, hidden_dims=(4,))) for _ in range(2)])
         self.active = self.experts[0]
+        self.heads = nn.ModuleDict({"first": nn.Linear(2, 2), "last": nn.Linear(2, 2)})
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.Tanh()), nn.Sequential(nn.Linear(2, 2))])
+        self.register_buffer("low", torch.tensor(0.25))
+        self.register_buffer("high", torch.tensor(0.5))
         self.groups = [[1.0, 2.0], [3.0]]
         self.options = {"scale": 0.5}
         self.scale = torch.ones(1)
@@ -293,8 +297,17 @@ class Grouped(nn.Module):
     def forward(self, x):
         first, last = (sum(group) for group in self.groups)
         raw = first * self.active(x) + last * x
+        raw = self.high * self.heads["first"](raw) - self.low * self.heads["last"](raw)
+        raw = self.blocks[1](2 * self.blocks[0](raw))
         raw = raw * self.options["scale"] if "scale" in self.options else raw + self.options["shift"]
         return self.times(self.shift(raw))
+
+
+def rename(held, *names):
+    """Gives what a dictionary holds other names, in the same order."""
+    values = list(held.values())
+    held.clear()
+    held.update(zip(names, values, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -303,6 +316,10 @@ class Grouped(nn.Module):
         lambda net: setattr(net, "active", net.experts[1]),
         lambda net: setattr(net, "groups", [[1.0], [2.0, 3.0]]),
         lambda net: net.groups[1].append(net.groups[0].pop()),
+        lambda net: net.groups[1].insert(0, net.groups[0].pop()),
+        lambda net: rename(net.heads._modules, "last", "first"),
+        lambda net: rename(net._buffers, "high", "low"),
+        lambda net: net.blocks[1].insert(0, net.blocks[0].pop(1)),
         lambda net: net.options.__setitem__("shift", net.options.pop("scale")),
         lambda net: setattr(net, "options", {"shift": 0.5}),
         lambda net: net.scale.mul_(2.0),

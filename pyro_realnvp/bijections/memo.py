@@ -133,8 +133,8 @@ class _Reads:
         self.modules: list[nn.Module] = []
         self.values: list = []
         """Plain values, and what says how everything is held: names, lengths, and what was met before."""
-        self._watched: list[dict] = []  # the dictionaries that hold all of this state
-        self._containers: list = []  # what else does, and dictionaries whose keys matter
+        self._containers: list = []  # what holds all of this state: dictionaries, lists and sets
+        self._contents: list = []  # views of the values of those that are dictionaries
         self._options: list[tuple[dict, str]] = []  # single entries of others: the plain attributes of layers
         self._sized: list[dict] = []  # those others, to which an entry may be added
         self._walk(bijection)
@@ -161,12 +161,17 @@ class _Reads:
                 self.values.append((type(item), *parts))
                 stack.extend(parts.values())
 
+    def _watch(self, container: dict | list | set) -> None:
+        self._containers.append(container)
+        if isinstance(container, dict):
+            self._contents.append(container.values())
+
     def _parts(self, item: object) -> dict | None:
         """What an object holds, by names that tell it from an object that holds the same otherwise. None if unknown."""
         if isinstance(item, nn.Module):
             return self._parts_of_module(item)
         if isinstance(item, Transform):
-            self._watched.append(vars(item))
+            self._watch(vars(item))
             return own_attributes(item)
         if isinstance(item, (MethodType, FunctionType, BuiltinFunctionType)):
             return self._parts_of_function(item)
@@ -176,12 +181,10 @@ class _Reads:
             return {"of": item()}
         if getattr(item, "__dict__", None):  # a container with attributes of its own
             return None
+        if isinstance(item, (dict, list, set)):
+            self._watch(item)
         if isinstance(item, dict):
-            self._watched.append(item)
-            self._containers.append(item)
             return item
-        if isinstance(item, (list, set)):
-            self._containers.append(item)
         return dict(enumerate(item)) if isinstance(item, (list, set, tuple, frozenset)) else None
 
     def _parts_of_module(self, item: nn.Module) -> dict | None:
@@ -191,14 +194,14 @@ class _Reads:
         self.modules.append(item)
         parts: dict = {}
         for held in (item._parameters, item._buffers, item._modules):
-            self._watched.append(held)
+            self._watch(held)
             parts |= held
         for hooks in (item._forward_hooks, item._forward_pre_hooks):
-            self._watched.append(hooks)
-            self.values += hooks.values()
+            self._watch(hooks)
+            self.values.append(tuple(hooks.values()))
         # A user's class, too, may hold tensors, numbers and containers as plain attributes.
         if isinstance(item, (Transform, Constants)):
-            self._watched.append(own)
+            self._watch(own)
             own = own_attributes(item)
             names = [name for name in own if name not in _OF_MODULES and name != "_memo"]
         else:
@@ -220,8 +223,10 @@ class _Reads:
         return {"defaults": item.__defaults__, "keywords": item.__kwdefaults__}
 
     def _look(self) -> list:
-        held = chain(chain.from_iterable(map(dict.values, self._watched)), chain.from_iterable(self._containers))
-        return [*held, *(own.get(name) for own, name in self._options), *map(len, self._sized)]
+        """What is held, by which names, and how many in each: an entry may be moved from one container to another."""
+        held = chain(chain.from_iterable(self._contents), chain.from_iterable(self._containers))
+        options = (own.get(name) for own, name in self._options)
+        return [*held, *options, *map(len, self._containers), *map(len, self._sized)]
 
     def is_current(self) -> bool:
         now = self._look()
