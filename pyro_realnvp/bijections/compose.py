@@ -14,13 +14,13 @@ import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.distributions.transforms import ComposeTransform, Transform
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 from torch.utils.checkpoint import checkpoint
 
 from .bijection import Bijection
-from .foreign import Foreign
+from .foreign import adopted
 from .inputs import check_event_shape
-from .memo import is_eager
+from .memo import InverseTransform, is_eager
 from .recompute import can_be_recomputed, from_output
 from .reshape import Permute
 from .runs import Run, marks, runs, shape_checkers
@@ -198,9 +198,6 @@ class Compose(Bijection):
             )
 
 
-_REBUILT = (nn.Module, ComposeTransform, T.Permute, T.ELUTransform)  # transforms that are not taken as they are
-
-
 class _Step(NamedTuple):
     """A part of a composition, or a run of couplings that begins with it."""
 
@@ -231,8 +228,8 @@ def _with_axes(space: constraints.Constraint, count: int) -> constraints.Constra
 def _adopt(part: Transform) -> Bijection:
     """Returns `part` as a bijection.
 
-    Torch's compositions and views of inverses, and Pyro's permutations, are not modules, so that what they hold would
-    be missing in `parameters()` and `state_dict`. They are rebuilt from bijections of this package.
+    Torch's compositions, wrappers and views of inverses, and Pyro's permutations, are not modules, so that what they
+    hold would be missing in `parameters()` and `state_dict`. They are rebuilt from bijections of this package.
     """
     if isinstance(part, Bijection):
         return part
@@ -243,11 +240,15 @@ def _adopt(part: Transform) -> Bijection:
         raise ValueError(f"expected bijective transforms; got {type(part).__name__}, which has no inverse")
     if isinstance(part, ComposeTransform):
         return Compose(part.parts)
+    if isinstance(part, IndependentTransform):
+        inner = _adopt(part.base_transform)
+        event_shape = (None,) * part.reinterpreted_batch_ndims + inner.event_shape
+        return Compose([inner], event_shape=event_shape, allow_unchanged=True)
     if isinstance(part, T.Permute) and part.dim == -1:
         return Permute(part.permutation)
-    if not isinstance(part, nn.Module) and isinstance(part.inv, _REBUILT):
-        return _adopt(part.inv).inv  # The part is torch's view of an inverse, which is not a module itself.
-    return Foreign(part)
+    if isinstance(part, InverseTransform):
+        return _adopt(part.inv).inv
+    return adopted(part, _adopt)
 
 
 def _event_shape(parts: list[Bijection], event_dim: int, given: Sequence[int] | None) -> tuple[int | None, ...]:
@@ -264,6 +265,8 @@ def _event_shape(parts: list[Bijection], event_dim: int, given: Sequence[int] | 
             event_shape = tuple(shape) if len(shape) == event_dim else None
     if event_shape is None:
         return (None,) * event_dim
+    if None in event_shape:  # The parts check what they know in each evaluation.
+        return event_shape
     shape = event_shape
     for k, part in enumerate(parts):
         try:

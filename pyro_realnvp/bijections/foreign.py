@@ -3,17 +3,18 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from pyro.distributions import TransformModule
 from pyro.distributions.transforms import ELUTransform
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import AffineTransform, Transform
+from torch.distributions.transforms import AffineTransform, CatTransform, StackTransform, Transform
 
 from .bijection import Bijection
-from .memo import InverseTransform, own_attributes
+from .memo import own_attributes
 from .shapes import sum_events
 
 
@@ -23,11 +24,15 @@ class Foreign(Bijection):
     def __init__(self, transform: Transform):
         super().__init__((None,) * transform.domain.event_dim)
         self.transform = transform
+        if isinstance(transform, (CatTransform, StackTransform)):
+            self.parts: nn.ModuleList = nn.ModuleList(transform.transforms)
         self.elementwise: bool = not self.event_shape
         self.domain: Constraint = transform.domain
         # Pyro declares the positive numbers as the values of an ELU.
         is_elu = isinstance(transform, ELUTransform)
         self.codomain: Constraint = constraints.greater_than(-1.0) if is_elu else transform.codomain
+        if self.event_shape and isinstance(transform, CatTransform):
+            self.domain, self.codomain = _JoinedEvents(self.domain), _JoinedEvents(self.codomain)
 
     @property
     def sign(self) -> int | Tensor:
@@ -54,13 +59,10 @@ class Foreign(Bijection):
         Its AffineTransform of events counts a scale of one number once, and not for each entry. Its StackTransform has
         events of one axis, but returns a log-determinant for each of their entries.
         """
-        is_inverse = isinstance(self.transform, InverseTransform)
-        affine = self.transform.inv if is_inverse else self.transform
-        if isinstance(affine, AffineTransform):
-            ladj = AffineTransform(affine.loc, affine.scale).log_abs_det_jacobian(x, y)
-            ladj = -ladj if is_inverse else ladj
-        else:
-            ladj = self.transform.log_abs_det_jacobian(x, y)
+        transform = self.transform
+        if isinstance(transform, AffineTransform):
+            transform = AffineTransform(transform.loc, transform.scale)
+        ladj = transform.log_abs_det_jacobian(x, y).to(y.dtype)
         return sum_events(ladj, max(0, ladj.dim() - x.dim() + self.domain.event_dim))
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
@@ -77,6 +79,46 @@ class Foreign(Bijection):
         return Counter([type(self.transform).__name__])
 
 
+def adopted(transform: Transform, adopt: Callable[[Transform], Bijection]) -> Foreign:
+    """A bijection of a transform, of which everything that it trains is a part, although torch's are no modules.
+
+    Raises:
+        ValueError: it is a StackTransform of transforms with events, whose log-determinants torch lays out wrongly.
+    """
+    if isinstance(transform, CatTransform):
+        transform = CatTransform(list(map(adopt, transform.transforms)), transform.dim, transform.lengths)
+    elif isinstance(transform, StackTransform):
+        transform = StackTransform(list(map(adopt, transform.transforms)), transform.dim)
+        if any(part.domain.event_dim for part in transform.transforms):
+            raise ValueError(
+                "expected a StackTransform of elementwise transforms; got one of transforms with events, for which "
+                "torch's log-determinant is wrong: use CatTransform"
+            )
+    if type(transform) is AffineTransform and nn.Parameter in map(type, (transform.loc, transform.scale)):
+        transform = AffineTransformModule(transform.loc, transform.scale, transform.event_dim)
+    return Foreign(transform)
+
+
+class _JoinedEvents(Constraint):
+    """The space of a CatTransform of transforms with events. Torch's cannot check it."""
+
+    def __init__(self, cat: constraints.cat):
+        self.cat = cat
+        self.event_dim = cat.event_dim
+
+    def check(self, value: Tensor) -> Tensor:
+        dim = self.cat.dim % value.dim() - value.dim()
+        parts = zip(self.cat.cseq, value.split(self.cat.lengths, dim), strict=True)
+        batch_dim = value.dim() - self.event_dim
+        checks = [space.check(part) for space, part in parts]
+        checks = [check.flatten(batch_dim).all(-1) if check.dim() > batch_dim else check for check in checks]
+        return torch.stack(checks).all(0) if dim >= -self.event_dim else torch.cat(checks, dim + self.event_dim)
+
+
+class AffineTransformModule(AffineTransform, TransformModule):
+    __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__
+
+
 def _describe(value: object) -> str:
     """The class and the plain options of a transform and of its parts."""
     if isinstance(value, Tensor):
@@ -84,6 +126,8 @@ def _describe(value: object) -> str:
         return f"{tuple(value.shape)} with checksum {zlib.crc32(values.tobytes())}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_describe, value))}]"
+    if isinstance(value, Bijection):
+        return value.architecture_repr()
     if not isinstance(value, Transform):
         return repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
     parts = own_attributes(value) | (value._modules if isinstance(value, nn.Module) else {})

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compose: its behavior beyond the laws that all bijections obey."""
 
+import copy
 import math
 
 import pyro.distributions as dist
@@ -8,6 +9,7 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from helpers import perturb, table
+from torch import nn
 from torch.autograd import forward_ad
 
 import pyro_realnvp as rn
@@ -71,6 +73,67 @@ def test_a_transform_with_a_log_determinant_for_each_entry_of_its_events():
     truth = torch.stack([torch.autograd.functional.jacobian(f, row).slogdet()[1] for row in x])
     torch.testing.assert_close(f.forward_and_ladj(x)[1], truth)
     torch.testing.assert_close(f.inverse_and_ladj(f(x))[1], -truth)
+
+
+def log_dets(f, x):
+    return torch.stack([torch.autograd.functional.jacobian(f, row).flatten(0, -2).slogdet()[1] for row in x])
+
+
+SHEAR = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("make", "trained"),
+    [
+        (lambda: T.IndependentTransform(T.AffineTransform(torch.zeros(4), torch.tensor(2.0), event_dim=1), 0), 0),
+        (lambda: T.IndependentTransform(T.ELUTransform(), 1), 0),
+        (lambda: T.IndependentTransform(T.AffineTransform(nn.Parameter(torch.zeros(4)), torch.tensor(2.0)), 1), 1),
+        (lambda: T.AffineTransform(0.0, nn.Parameter(torch.tensor(2.0)), event_dim=1), 1),
+        (lambda: T.CatTransform([T.Spline(2), T.LowerCholeskyAffine(torch.zeros(2), SHEAR.double())], -1, [2, 2]), 4),
+        (
+            lambda: T.CatTransform(
+                [rn.real_nvp(3, num_couplings=2), T.AffineTransform(0.0, torch.tensor(2.0))], -1, [3, 1]
+            ),
+            12,
+        ),
+        (
+            lambda: T.CatTransform(
+                [T.AffineTransform(0.0, torch.tensor(2.0), event_dim=1), T.ELUTransform()], -1, [3, 1]
+            ),
+            0,
+        ),
+        (
+            lambda: T.StackTransform(
+                [T.ELUTransform(), *(T.AffineTransform(nn.Parameter(torch.ones(())), 2.0) for _ in range(3))], -1
+            ),
+            3,
+        ),
+    ],
+)
+@pytest.mark.parametrize("inverted", [False, True])
+def test_what_torchs_wrappers_hold(make, trained, inverted):
+    """Torch counts one scale for all entries once; what its wrappers hold is trained, saved and called functionally."""
+    f = rn.Compose([make().inv if inverted else make()], event_shape=(4,)).double()
+    parameters = list(f.parameters())
+    assert len(parameters) == trained
+    perturb(f)
+    x = torch.randn(5, 4).double()
+    x = f.inv(x.abs()) if inverted else x
+    y, ladj = f.forward_and_ladj(x)
+    torch.testing.assert_close(f.inv(y), x)
+    assert f.codomain.check(y).all()
+    assert f.domain.check(x).all()
+    torch.testing.assert_close(ladj, log_dets(f, x))
+    other = perturb(copy.deepcopy(f)) if trained else f
+    assert torch.equal(other(x), y) is not bool(trained)
+    torch.testing.assert_close(torch.func.functional_call(f, dict(other.named_parameters()), x), other(x))
+    f.load_state_dict(other.state_dict(), assign=True)
+    torch.testing.assert_close(f(x), other(x))
+
+
+def test_a_stack_of_transforms_with_events_is_refused():
+    with pytest.raises(ValueError, match="expected a StackTransform of elementwise transforms"):
+        rn.Compose([T.StackTransform([rn.real_nvp(2), rn.real_nvp(2)], dim=-2)])
 
 
 def test_compose_sums_elementwise_parts_over_the_event():
