@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Density zero where Pyro's validation would raise an error, although a distribution may return a finite number."""
 
-import operator
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import reduce
 
 import torch
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.distributions import ExpandedDistribution, MaskedDistribution, MaskedMixture
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
@@ -57,33 +56,72 @@ def apply_validity(trace: Trace, names: Iterable[str]) -> None:
 
 def _valid(fn: Distribution, value: Tensor) -> Tensor | None:
     """Which elements of a batch have valid values and parameters. None if there is nothing to check."""
+    return _both(_valid_value(fn, value), _valid_parameters(fn))
+
+
+def _valid_value(fn: Distribution, value: Tensor) -> Tensor | None:
     if isinstance(fn, FlowDistribution):  # says by itself where it has no density
         return None
     if isinstance(fn, MaskedDistribution):
-        valid = _valid(fn.base_dist, value)
-        return None if valid is None else valid | ~torch.as_tensor(fn._mask, device=valid.device)
+        return _where_counted(fn, _valid_value(fn.base_dist, value))
     if isinstance(fn, ExpandedDistribution):
-        return _valid(fn.base_dist, value)
+        return _valid_value(fn.base_dist, value)
     if isinstance(fn, Independent):
-        return _all(_valid(fn.base_dist, value), fn.reinterpreted_batch_ndims)
-    checks = [_check(constraint, number, fn.batch_shape) for constraint, number in _parameters(fn)]
+        return _all(_valid_value(fn.base_dist, value), fn.reinterpreted_batch_ndims)
     if isinstance(fn, MixtureSameFamily):
         # Torch's support is where all components have a density, and not where one of them has.
-        valid = _valid(fn.component_distribution, fn._pad(value))
-        checks += [_check(*pair, fn.batch_shape) for pair in _parameters(fn.mixture_distribution)]
-        checks.append(None if valid is None else valid.any(-1))
-    else:
-        with suppress(NotImplementedError):
-            valid = _check(fn.support, value)
-            checks.append(_all(valid, len(fn.event_shape) - fn.support.event_dim))
+        valid = _valid_value(fn.component_distribution, fn._pad(value))
+        return None if valid is None else valid.any(-1)
+    if isinstance(fn, MaskedMixture):
+        return _chosen(fn, _valid_value(fn.component0, value), _valid_value(fn.component1, value))
+    valid = None
+    with suppress(NotImplementedError):
+        valid = _all(_check(fn.support, value), len(fn.event_shape) - fn.support.event_dim)
     # A class with a formula of its own, such as Gumbel, does not ask its base, which rounding may leave.
     asks_base = getattr(type(fn), "log_prob", None) is TransformedDistribution.log_prob
     if asks_base and _is_checked(plain(fn.base_dist).support):
         for transform in reversed(fn.transforms):
             value = transform.inv(value)
-        checks.append(_all(_valid(fn.base_dist, value), len(fn.event_shape) - len(fn.base_dist.event_shape)))
-    checks = [check for check in checks if check is not None]
-    return reduce(operator.and_, checks) if checks else None
+        of_base = _valid_value(fn.base_dist, value)
+        valid = _both(valid, _all(of_base, len(fn.event_shape) - len(fn.base_dist.event_shape)))
+    return valid
+
+
+def _valid_parameters(fn: Distribution) -> Tensor | None:
+    """Which elements have valid parameters, also those of the distributions that a distribution is made of."""
+    if isinstance(fn, FlowDistribution):
+        return None
+    if isinstance(fn, MaskedDistribution):
+        return _where_counted(fn, _valid_parameters(fn.base_dist))
+    if isinstance(fn, MaskedMixture):
+        return _chosen(fn, _valid_parameters(fn.component0), _valid_parameters(fn.component1))
+    shape = fn.batch_shape
+    valid = reduce(_both, (_check(*pair, shape) for pair in _parameters(fn)), None)
+    for part in vars(fn).values():
+        if isinstance(part, Distribution) and (of_part := _valid_parameters(part)) is not None:
+            of_part = of_part.expand(part.batch_shape)
+            is_inner = len(part.batch_shape) > len(shape) and part.batch_shape[: len(shape)] == shape
+            valid = _both(valid, _all(of_part, of_part.dim() - len(shape)) if is_inner else _within(of_part, shape))
+    return valid
+
+
+def _where_counted(fn: MaskedDistribution, valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid | ~torch.as_tensor(fn._mask, device=valid.device)
+
+
+def _chosen(fn: MaskedMixture, valid0: Tensor | None, valid1: Tensor | None) -> Tensor | None:
+    """The answer of the component that each element takes."""
+    return (
+        None
+        if valid0 is valid1 is None
+        else torch.where(fn.mask, *(torch.ones_like(fn.mask) if valid is None else valid for valid in (valid1, valid0)))
+    )
+
+
+def _both(valid: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if valid is None or other is None:
+        return other if valid is None else valid
+    return valid & other
 
 
 def _parameters(fn: Distribution) -> Iterator[tuple[Constraint, Tensor]]:

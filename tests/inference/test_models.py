@@ -828,6 +828,20 @@ VALID = {
     "gumbel": (dist.Gumbel(torch.tensor([-20.0, 0.0, 5.0]), 1.0), (3,)),
     "improper": (dist.ImproperUniform(constraints.positive, (2,), (3,)), (2, 3)),
     "transformed": (dist.TransformedDistribution(dist.Exponential(P), [T.AffineTransform(1.0, 2.0)]), (3,)),
+    "masked mixture": (
+        dist.MaskedMixture(P > 0.2, dist.VonMises(P, 0.25 - P, validate_args=False), dist.VonMises(P, P)),
+        (3,),
+    ),
+    "hidden states": (dist.DiscreteHMM(P, torch.zeros(3, 3), dist.Poisson(P), duration=5), (5,)),
+    "skewed": (dist.SineSkewed(dist.VonMises(P, P).to_event(1), torch.full((3,), 0.1)), (3,)),
+    "folded": (dist.FoldedDistribution(dist.StudentT(P, P, P)), (3,)),
+    "counts": (dist.BetaBinomial(P, P, 5.0), (3,)),
+    "gamma-poisson": (dist.GammaPoisson(P, P), (3,)),
+    "multinomial": (dist.Multinomial(4, P.expand(2, 3)), (2, 3)),
+    "relaxed": (dist.RelaxedOneHotCategorical(P[0], P.expand(2, 3)), (2, 3)),
+    "correlation": (dist.LKJ(3, torch.tensor([0.5, 1.0])), (2, 3, 3)),
+    "F": (dist.FisherSnedecor(P, P), (3,)),
+    "low-rank": (dist.LowRankMultivariateNormal(torch.zeros(2, 3), torch.ones(3, 1), P), (2, 3)),
 }
 
 
@@ -835,7 +849,7 @@ VALID = {
 def test_valid_values_keep_their_density(name):
     """The parameters of many distributions have axes of the event, which no log-density has."""
     fn, shape = VALID[name]
-    value = torch.full(shape, 0.7) if name in ("improper", "gumbel") else fn.sample()
+    value = torch.full(shape, 0.7) if name in ("improper", "gumbel", "masked mixture") else fn.sample()
     assert value.shape == shape
     trace = poutine.trace(lambda: pyro.sample("x", fn, obs=value)).get_trace()
     apply_validity(trace, ["x"])
@@ -853,6 +867,22 @@ INVALID = {
     "cutpoints": lambda s: (dist.OrderedLogistic(P[0], torch.stack([s, torch.tensor(1.0)])), torch.tensor(0)),
     "simplex": lambda s: (dist.Dirichlet(torch.ones(2)), torch.stack([s, 1 - s])),
     "cholesky": lambda s: (dist.MultivariateNormal(P[:2], scale_tril=(1 - s) * torch.eye(2)), P[:2]),
+    "base": lambda s: (dist.TransformedDistribution(dist.VonMises(0.0, 1 - s), [T.AffineTransform(0.0, 1.0)]), P[0]),
+    "zero-inflated": lambda s: (dist.ZeroInflatedPoisson(1 - s, gate=P), torch.ones(3)),
+    "any zero-inflated": lambda s: (
+        dist.ZeroInflatedDistribution(dist.GammaPoisson(1 - s, P), gate=torch.tensor(0.5)),
+        torch.ones(3),
+    ),
+    "masked mixture": lambda s: (dist.MaskedMixture(P > 0.2, dist.VonMises(0.0, P), dist.VonMises(P, 1 - s)), P),
+    "component": lambda s: (
+        dist.MixtureSameFamily(dist.Categorical(P[:2]), dist.VonMises(0.0, torch.stack([1 - s, s]))),
+        P,
+    ),
+    "hidden states": lambda s: (
+        dist.DiscreteHMM(P[:2], torch.zeros(2, 2), dist.VonMises(0.0, torch.stack([1 - s, s])), duration=3),
+        P,
+    ),
+    "skewed": lambda s: (dist.SineSkewed(dist.VonMises(P, 1 - s).to_event(1), torch.full((3,), 0.1)), P),
 }
 
 
