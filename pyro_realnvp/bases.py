@@ -4,6 +4,7 @@
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pyro.distributions as dist
@@ -16,6 +17,7 @@ from torch.distributions import constraints, transform_to
 
 from .bijections.conditioners import MLP
 from .bijections.inputs import check_context
+from .bijections.modes import is_autocast
 from .bijections.shapes import sum_events
 
 _MANY_ROWS = 1000
@@ -271,7 +273,8 @@ class MixtureBase(nn.Module):
             locs, log_diagonals = (
                 own + by.unflatten(-1, own.shape) for own, by in zip((locs, log_diagonals), shifts[1:])
             )
-        with torch.autocast(locs.device.type, enabled=False):  # which is for the products of networks
+        # Autocast is for the products of networks.
+        with torch.autocast(locs.device.type, enabled=False) if is_autocast(locs) else nullcontext():
             trils = self.start_trils * log_diagonals.exp().unsqueeze(-2)
             if self.lowers is not None:
                 trils = trils + self.start_trils @ self.lowers.tril(-1)

@@ -13,7 +13,8 @@ from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
 from .bijections.compose import Compose
 from .bijections.inputs import check_context, check_tensor
-from .bijections.memo import forget_param_store, is_eager
+from .bijections.memo import forget_param_store
+from .bijections.modes import is_eager
 from .bijections.shapes import for_inner_axes, inner_point, of_entries, strictly_inside, sum_events
 
 

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from .bijection import Bijection
 from .foreign import adopted
 from .inputs import check_event_shape
-from .memo import InverseTransform, is_eager
+from .memo import InverseTransform
+from .modes import is_eager
 from .recompute import can_be_recomputed, from_output
 from .reshape import Permute
 from .runs import Run, marks, runs, shape_checkers

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .memo import is_eager
+from .modes import is_eager
 from .shapes import squeeze
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .memo import is_eager
+from .modes import is_autocast, is_eager
 from .shapes import bounds, of_entries
 
 
@@ -75,12 +75,13 @@ def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None
         )
     if torch.compiler.is_compiling():  # The compiler cannot trace the walk over the parameters.
         return
-    own = _first_real(bijection, "_parameters")
+    own = first_real(bijection, "_parameters")
     if own is None:
-        own = _first_real(bijection, "_buffers")
+        own = first_real(bijection, "_buffers")
     if own is None:
         return
-    if own.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
+    # Under autocast, values of half precision come from networks; doubles would be rounded without a word.
+    if own.dtype != value.dtype and (value.dtype == torch.float64 or not is_autocast(value)):
         raise TypeError(
             f"{name} has parameters of {own.dtype}; got values of {value.dtype}: "
             f"convert the module with .to({value.dtype}) or the values with .to({own.dtype})"
@@ -92,13 +93,13 @@ def check_value(bijection: nn.Module, value: Tensor, shape_of: Callable) -> None
         )
 
 
-def _first_real(module: nn.Module, held: str) -> Tensor | None:
+def first_real(module: nn.Module, held: str) -> Tensor | None:
     """The first of the parameters or buffers that holds real numbers; the public iterators take ten times as long."""
     for tensor in getattr(module, held).values():
         if tensor is not None and tensor.is_floating_point():
             return tensor
     for child in module._modules.values():
-        if child is not None and (found := _first_real(child, held)) is not None:
+        if child is not None and (found := first_real(child, held)) is not None:
             return found
     return None
 
@@ -142,9 +143,9 @@ def check_context(bijection: nn.Module, context: Tensor | None) -> None:
             f"{name} expected a context of shape (..., {width}); got shape {tuple(context.shape)}"
             + remedy * (not context.is_floating_point())
         )
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(context.device.type):
+    if torch.compiler.is_compiling() or is_autocast(context):
         return
-    own = _first_real(bijection, "_parameters")
+    own = first_real(bijection, "_parameters")
     if own is not None and own.dtype != context.dtype:
         raise TypeError(
             f"{name} has parameters of {own.dtype}; got a context of {context.dtype}: convert one of them with .to()"

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bijection import Bijection
+from .inputs import first_real
+from .modes import is_autocast
 from .reshape import Permute
 from .shapes import channel_events, positions
 
@@ -18,11 +20,10 @@ def _in_full_precision(evaluate: Callable) -> Callable:
 
     @wraps(evaluate)
     def evaluate_outside(self: Bijection, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        device = x.device.type
-        if not torch.is_autocast_enabled(device):
+        if not is_autocast(x):
             return evaluate(self, x, context)
-        dtype = next(self.parameters()).dtype
-        with torch.autocast(device, enabled=False):
+        dtype = first_real(self, "_parameters").dtype
+        with torch.autocast(x.device.type, enabled=False):
             return evaluate(self, x.to(dtype), None if context is None else context.to(dtype))
 
     return evaluate_outside

@@ -16,6 +16,7 @@ from torch.distributions.constraints import Constraint
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .constants import Constants
+from .modes import is_autocast, is_eager
 
 _optimizer_steps = 0
 
@@ -109,16 +110,6 @@ class Memo:
             if not reads.same(last.reads):
                 return False
         return reads.marks(input, output) == last.marks
-
-
-def is_eager(*tensors: Tensor) -> bool:
-    """Whether no compiler traces this call and the tensors hold values, unlike the stand-ins of `torch.func`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    try:
-        return all(not tensor.is_meta and tensor.data_ptr() is not None for tensor in tensors)
-    except RuntimeError:  # A stand-in has no memory to point to.
-        return False
 
 
 class _Reads:
@@ -245,9 +236,9 @@ class _Reads:
         """
         if self.tensors is None:
             return None
-        device = more[0].device.type
+        x = more[0]
         marks: list = [torch.is_grad_enabled(), _optimizer_steps]
-        marks += (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        marks.append(is_autocast(x) and torch.get_autocast_dtype(x.device.type))
         marks += [module.training for module in self.modules]
         try:
             for t in (*more, *self.tensors):

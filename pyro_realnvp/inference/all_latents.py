@@ -23,6 +23,8 @@ from .mapping import map_each
 from .relative import Relative
 from .sites import Site, find_sites, is_latent, unconstraining, unpack, with_fallback
 
+_NUM_FAR, _FAR = 8, 3.0  # how many points, and how far from the start, show where supports depend on latents
+
 
 class AllLatents(GuideBase, AutoContinuous):
     """A guide whose submodule ``transform`` takes draws of :meth:`get_base_dist` to all latents of a model.
@@ -86,7 +88,11 @@ class AllLatents(GuideBase, AutoContinuous):
         self.sites: dict[str, Site] = density.sites
         self.latent_dim: int = density.dim
         # A part of a list of guides cannot see what the other parts draw.
-        self._has_dynamic_supports = self.master is None and self._find_dynamic_supports(density)
+        # A support that one of two branches of the model chooses has no graph, and other values at few points only.
+        steps = _FAR * torch.randn(_NUM_FAR, self.latent_dim, generator=torch.Generator().manual_seed(0))
+        self._has_dynamic_supports = self.master is None and (
+            self._find_dynamic_supports(density) or any(self._find_dynamic_supports(density, step) for step in steps)
+        )
         return density
 
     def keep_coordinates(self, density: LogDensity) -> None:
@@ -152,14 +158,18 @@ class AllLatents(GuideBase, AutoContinuous):
             ]
         )
 
-    def _find_dynamic_supports(self, density: LogDensity) -> bool:
+    def _find_dynamic_supports(self, density: LogDensity, step: Tensor | float = 0.5) -> bool:
         """Whether supports depend on latents, arguments or parameters.
 
         They then have a graph, or they give other values at a point than those of the prototype.
         """
         with torch.enable_grad():
-            point = self._init_loc().detach().requires_grad_() + 0.5
-            trace, place = density.run(point, relative={})
+            start = self._init_loc().detach().requires_grad_()
+            point = start + torch.as_tensor(step).to(start)
+            try:
+                trace, place = density.run(point, relative={})
+            except torch.linalg.LinAlgError:  # a point without density
+                return False
             values, _ = self._constrain_by_prototype(point)
             for name, site in self.sites.items():
                 at_fixed, _ = site.constrain(name, trace.nodes[name]["fn"], place.unconstrained[name].detach())

@@ -95,7 +95,8 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
         self._frames = [frame for frame in sites[0][1]["cond_indep_stack"] if frame.vectorized]
         self._sites = {}  # the event of each site in unconstrained coordinates
         self._check_supports(dict(sites))
-        self._check_supports(self._nodes(args, kwargs))  # with other values of the latents
+        for _ in range(8):  # with other values of the latents
+            self._check_supports(self._nodes(args, kwargs))
         self._has_bounds: bool = any(isinstance(type(plain(site["fn"])).support, property) for _, site in sites)
         self._arguments = args, kwargs
         for name, site in sites:

@@ -31,10 +31,20 @@ def test_autocast_does_not_round_the_data(make):
         with torch.autocast("cpu", torch.bfloat16):
             for got, want in zip(evaluate(x), expected):
                 assert torch.equal(got, want) and got.dtype == torch.float32
+            compiled = torch.compile(evaluate, fullgraph=True, backend="eager")(x)
+            torch.testing.assert_close(compiled, expected)
     base = perturb(rn.MixtureBase(4, num_components=2))
     expected = base().log_prob(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(base().log_prob(x), expected)
+        with pytest.raises(TypeError, match=r"parameters of torch.float32; got values of torch.float64"):
+            f(x.double())
+
+
+def test_shapes_are_found_without_memory():
+    for f in (rn.InvertibleLinear(4), rn.TriangularAffine(4), rn.real_nvp(4)):
+        assert f.to("meta")(torch.empty(5, 4, device="meta")).shape == (5, 4)
+    assert rn.MixtureBase(4, num_components=2).to("meta")().event_shape == (4,)
 
 
 @table(

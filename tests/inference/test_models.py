@@ -173,6 +173,24 @@ def dynamic():
     pyro.sample("y", dist.Normal(a + b, 0.5), obs=torch.tensor(2.5))
 
 
+@pytest.mark.parametrize(
+    ("choose", "is_dynamic"),
+    [(lambda a, c: a > 1.5, True), (lambda a, c: a > c, True), (lambda a, c: a > -1.0, False)],
+)
+def test_a_support_that_a_comparison_of_latents_chooses(choose, is_dynamic):
+    """No gradient shows that the support depends on them."""
+
+    def model():
+        a, c = pyro.sample("a", dist.HalfNormal(1.0)), pyro.sample("c", dist.HalfNormal(1.0))
+        pyro.sample("b", dist.Uniform(0.0, torch.where(choose(a, c), 5.0, 1.0)))
+        assert choose(a, c).shape == ()
+
+    guide = rn.AutoRealNVP(model).build()
+    draws = guide.sample(500)
+    assert (draws["b"] > 1).any() and ((draws["b"] < 1) | choose(draws["a"], draws["c"])).all()
+    assert guide._has_dynamic_supports is is_dynamic
+
+
 @pytest.mark.slow
 def test_a_support_that_depends_on_a_latent():
     guide = fitted(dynamic, num_steps=300)

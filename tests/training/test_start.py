@@ -110,6 +110,21 @@ def test_a_trained_spline_far_from_its_rows_keeps_its_layers():
     assert flow().log_prob(torch.zeros(2)).item() == pytest.approx(before, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "part", [lambda: rn.Permute(torch.tensor([1, 0])), lambda: rn.InvertibleLinear(2, permutation=torch.tensor([1, 0]))]
+)
+def test_a_permutation_is_new(part):
+    """Each entry of the base goes to where the permutation takes it."""
+    base = rn.Base(dist.Normal, loc=torch.tensor([100.0, 0.0]), scale=torch.tensor([20.0, 1.0]))
+    flow = rn.Flow(rn.Compose([small(2), part(), small(2)]), base=base)
+    x = far_rows()
+    with pytest.warns(RuntimeWarning, match=FAR):
+        run(flow, x, num_steps=1, lr=1e-9)
+    draws = flow().sample((5000,))
+    torch.testing.assert_close((draws.mean(0) - x.mean(0)) / x.std(0), torch.zeros(2), rtol=0, atol=0.1)
+    torch.testing.assert_close(draws.std(0), x.std(0), rtol=0.1, atol=0)
+
+
 def test_a_frozen_mixture_stays_as_it_is():
     flow = rn.Flow(small(2), base=rn.MixtureBase(2, num_components=3))
     before = flow.base.requires_grad_(False).start_locs.clone()
