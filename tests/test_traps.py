@@ -348,9 +348,13 @@ def test_what_pyro_draws_at_each_reading_is_not_remembered():
     assert not torch.equal(*found)
 
 
-def test_a_conditioner_with_an_array_is_not_remembered():
-    net = perturb(Scaled())
-    net.array = np.ones(2)
+class Slotted(nn.Linear):
+    __slots__ = ("times",)
+
+
+@pytest.mark.parametrize(("net", "name", "value"), [(Scaled(), "array", np.ones(2)), (Slotted(1, 2), "times", 2.0)])
+def test_a_conditioner_with_what_nobody_can_watch_is_not_remembered(net, name, value):
+    setattr(perturb(net), name, value)
     f, x = rn.AffineCoupling(masks.half(2), net), torch.randn(5, 2)
     y = f(x)
     assert f.log_abs_det_jacobian(x, y) is not f.log_abs_det_jacobian(x, y)

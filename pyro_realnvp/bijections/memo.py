@@ -180,7 +180,8 @@ class _Reads:
 
     def _parts_of_module(self, item: nn.Module) -> dict | None:
         own = vars(item)
-        if own.get("_pyro_samples"):  # Pyro draws these attributes, each time that they are read.
+        # Pyro draws these attributes, each time that they are read; and those in slots are in no dictionary.
+        if own.get("_pyro_samples") or any(vars(cls).get("__slots__") for cls in type(item).__mro__):
             return None
         self.modules.append(item)
         parts: dict = {}
