@@ -2,7 +2,7 @@
 """What a guide of all latents of a model needs beside its distribution: their coordinates."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -120,15 +120,27 @@ class AllLatents(GuideBase, AutoContinuous):
         arguments = arguments or self._arguments
         if arguments is None:
             raise RuntimeError("the coordinates of this guide depend on its model: call guide.build(*args)")
-        args, kwargs = arguments
-        # What is no latent of the guide may be drawn here, such as the data in a prediction.
-        density = LogDensity(self.plain_model, args, kwargs, values=self._prototype_values(), latents=list(self.sites))
+        density = self._look_again(*arguments)
         self.set_coordinates(density)
         density.is_mapped, density.own_tensors = self._is_mapped, self._own_tensors
         return density
 
+    def _look_again(self, args: tuple, kwargs: dict) -> LogDensity:
+        # What is no latent of the guide may be drawn here, such as the data in a prediction.
+        values, latents = self._prototype_values(), list(self.sites)
+        own = are_same(self._arguments, (args, kwargs))
+        with nullcontext() if own else suppress(Exception):
+            density = LogDensity(self.plain_model, args, kwargs, values=values, latents=latents)
+            nodes = density.trace.nodes
+            if own or all(nodes[name]["fn"].shape() == nodes[name]["value"].shape for name in density.latents):
+                return density
+        # Pyro's Forecaster gives the guide the covariates of the future, for which it runs the model with handlers of
+        # its own. Whoever runs the model with arguments that are wrong gets its error.
+        args, kwargs = self._arguments
+        return LogDensity(self.plain_model, args, kwargs, values=values, latents=latents)
+
     def _prototype_values(self) -> dict[str, Tensor]:
-        return {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
+        return {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes() if is_latent(site)}
 
     def set_coordinates(self, density: LogDensity) -> None:
         """Gives the log-density of a model the coordinates of this guide.
@@ -207,6 +219,8 @@ class AllLatents(GuideBase, AutoContinuous):
             self.build(*args, **kwargs)
         if self._arguments is None:  # after unpickling
             self._arguments = args, kwargs
+        if not args and not kwargs:
+            args, kwargs = self._arguments
         # Whatever has to run the model checks that the guide fits the arguments. The others check new arguments here.
         runs_model = self._has_dynamic_supports or (self._relative_names and (args or kwargs))
         if self.master is None and not (runs_model or are_same(self._arguments, (args, kwargs))):

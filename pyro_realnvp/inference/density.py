@@ -18,11 +18,13 @@ from .enumeration import Enumerate, factors, total
 from .mapping import Point, count, each, join, map_over, split, vmap
 from .relative import Relative, is_relative
 from .sites import Place, Site, batch_mask, find_sites, is_enumerated, is_latent, unconstraining
-from .subsampling import MOST_PASSES, Pass, crossed, draws_rows, passes_of
+from .subsampling import MOST_PASSES, Pass, crossed, draws_rows, passes_of, sequential
 from .validity import apply_validity, is_validated
 
 DEFAULT_MEMORY = 2**29
 """The bytes that an evaluation of many draws may take by default."""
+
+_NOT_SUMMED = {"enumerate": None}
 
 
 class LogDensity:
@@ -37,7 +39,8 @@ class LogDensity:
     Args:
         model: the model.
         args, kwargs: the model's arguments.
-        values: a value of each latent site, at which the model is looked at.
+        values: a value of each latent site, at which the model is looked at. A discrete site that has one is a latent,
+            too, even if the model enumerates it: as in Pyro, what a guide draws is not summed over.
         latents: the names of the latent sites, if others are to be ignored. The log-density is then meaningless, but
             the values of the sites are not. None for all.
         memory: the bytes that an evaluation of many draws may take.
@@ -64,6 +67,11 @@ class LogDensity:
         self.relative: dict[str, Relative] = {}
         with poutine.block(), _own_dims(), torch.random.fork_rng(), Place(values or {}, {}, {}, is_strict=False):
             self.trace: Trace = poutine.trace(model).get_trace(*args, **self.kwargs)
+        drawn = {name for name in values or {} if name in self.trace and is_enumerated(self.trace.nodes[name])}
+        if drawn:
+            self.model = poutine.infer_config(model, lambda site: _NOT_SUMMED if site["name"] in drawn else {})
+            for name in drawn:
+                self.trace.nodes[name]["infer"] |= _NOT_SUMMED
         samples = [site for site in self.trace.nodes.values() if site["type"] == "sample"]
         found = [site["name"] for site in samples if is_latent(site)]
         self.latents: list[str] = [name for name in found if latents is None or name in latents]
@@ -221,7 +229,8 @@ class LogDensity:
 
     def passes(self, most: int | None = MOST_PASSES) -> list[Pass]:
         """Rows for several evaluations, whose weighted sum sees each row once, or as many as `most` evaluations can."""
-        return passes_of(self.plates, crossed(self.plates, self.trace), most)
+        loops = sequential(self.plates, self.trace)
+        return passes_of(self.plates, crossed(self.plates, self.trace), most, loops)
 
 
 @contextmanager

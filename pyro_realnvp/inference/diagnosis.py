@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
+from .sites import counts
 from .traces import check_argument_names, model_of, run, values_of
 
 
@@ -97,7 +99,8 @@ def diagnose(
         memory: the bytes that one evaluation of many draws may take.
 
     Raises:
-        ValueError: the model and the guide have different latent sites; a weight is nan; the log-density of a draw
+        ValueError: the model and the guide have different latent sites; the guide gives a continuous site one value
+            only, as :class:`~pyro.infer.autoguide.AutoDelta` does; a weight is nan; the log-density of a draw
             depends on other draws or on random numbers that are no sites; an argument of the model has the name of an
             option of this function.
 
@@ -128,6 +131,7 @@ def diagnose(
     # The weights are those of the whole data, so plates that draw subsamples must show all rows.
     points, weights = particles.log_weights(num_samples, density.passes(most=None))
     draws = particles.values(points)
+    _refuse_point_masses(draws, density)
     weights = weights.double()
     if weights.isnan().any() or not weights.isfinite().any():
         raise ValueError(
@@ -146,6 +150,18 @@ def diagnose(
         num_starts=getattr(guide, "num_starts", None),
         mode_weights=guide.mode_weights().tolist() if hasattr(guide, "mode_weights") else None,
     )
+
+
+def _refuse_point_masses(draws: dict[str, Tensor], density: LogDensity) -> None:
+    for name, values in draws.items():
+        site = density.trace.nodes.get(name)
+        is_continuous = name in density.latents and not (site["fn"].support.is_discrete or type(site["fn"]) is Delta)
+        if is_continuous and len(values) > 1 and counts(site) and (values == values[0]).all():
+            raise ValueError(
+                f"the guide gives the site {name!r} the same value in all {len(values)} draws. A point estimate has no "
+                "density, and so no importance weights: diagnose a guide that spreads over the posterior, such as "
+                "AutoRealNVP or the result of laplace_approximation()"
+            )
 
 
 def _pareto_k(log_weights: Tensor) -> float:

@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform, VonMises, biject_to, constraints
 
-from ..bijections.shapes import sum_events
+from ..bijections.shapes import bounds, sum_events
 from .relative import Relative, plain
 
 
@@ -46,6 +46,11 @@ class Site(NamedTuple):
         """The values in the support of `fn`, and log|det| of each element of the batch."""
         transform = unconstraining(name, fn)
         value = transform(unconstrained)
+        if value.dim() - transform.codomain.event_dim > unconstrained.dim() - transform.domain.event_dim:
+            raise ValueError(
+                f"the support of the latent site {name!r} depends on a discrete site that is summed over, so it has no "
+                "coordinates of its own: draw it on one support, such as Uniform(0, 1), and rescale it in the model"
+            )
         try:
             ladj = transform.log_abs_det_jacobian(unconstrained, value)
         except NotImplementedError:
@@ -98,6 +103,11 @@ def find_sites(nodes: Mapping[str, dict[str, Any]], influence: dict[str, Tensor]
     found = {}
     for name, site in nodes.items():
         value = site["value"].detach()
+        if any(torch.as_tensor(bound).isinf().any() for bound in bounds(site["fn"].support) if bound is not None):
+            raise ValueError(
+                f"the latent site {name!r} has the support {site['fn'].support} with an infinite end, for which torch "
+                "has no coordinates: draw a site with another support, and compute this one from it"
+            )
         found[name] = Site(unconstraining(name, site["fn"]).inv(value).shape)
         mask = batch_mask(site)
         if mask is not None and influence is not None:
@@ -114,6 +124,12 @@ def batch_mask(site: dict[str, Any]) -> Tensor | None:
     return None if mask.all() else mask
 
 
+def counts(site: dict[str, Any]) -> bool:
+    """Whether the density counts an entry of the site."""
+    mask = batch_mask(site)
+    return site["value"].numel() > 0 and (mask is None or bool(mask.any()))
+
+
 def _masked(shape: torch.Size, mask: Tensor, has_influence: Tensor) -> Site:
     is_latent = mask | has_influence.reshape(mask.shape + (-1,)).any(-1)
     if is_latent.all():
@@ -128,10 +144,11 @@ def unconstraining(name: str, fn: Distribution) -> Transform:
     if isinstance(plain(fn), VonMises):  # periodic on the real line, which torch names as its support
         support = constraints.interval(-math.pi, math.pi)
     if getattr(support, "is_discrete", False):
-        raise ValueError(
-            f"the latent site {name!r} is discrete, and a guide has continuous latents only: decorate the model with "
-            "pyro.infer.config_enumerate, so that the site is summed over"
-        )
+        remedy = "decorate the model with pyro.infer.config_enumerate, so that the site is summed over"
+        if not getattr(fn, "has_enumerate_support", False):
+            kind = type(plain(fn)).__name__
+            remedy = f"draw the site from a Categorical, since {kind} has no finite support, and {remedy}"
+        raise ValueError(f"the latent site {name!r} is discrete, and a guide has continuous latents only: {remedy}")
     inner = support
     while hasattr(inner, "base_constraint"):
         inner = inner.base_constraint
@@ -156,7 +173,7 @@ def with_fallback(init_loc_fn: Callable[[dict[str, Any]], Tensor]) -> Callable[[
         try:
             return init_loc_fn(site)
         except NotImplementedError:
-            return _constant(site["name"], site["fn"])
+            return site["fn"].sample() if is_enumerated(site) else _constant(site["name"], site["fn"])
 
     return init
 

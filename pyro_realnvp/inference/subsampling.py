@@ -2,6 +2,7 @@
 """Rows of plates that draw subsamples, so that several evaluations of a model see all rows."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -35,19 +36,28 @@ def crossed(plates: dict[str, Distribution], trace: Trace) -> list[list[str]]:
     return [sorted(group) for group in groups]
 
 
-def passes_of(plates: dict[str, Distribution], groups: list[list[str]], most: int | None) -> list[Pass]:
+def sequential(plates: dict[str, Distribution], trace: Trace) -> set[str]:
+    """The subsampled plates of loops, in which each row has sites of its own name."""
+    frames = [frame for site in trace.nodes.values() if site["type"] == "sample" for frame in site["cond_indep_stack"]]
+    return {frame.name for frame in frames if frame.name in plates and not frame.vectorized}
+
+
+def passes_of(
+    plates: dict[str, Distribution], groups: list[list[str]], most: int | None, loops: Collection[str] = ()
+) -> list[Pass]:
     """Passes whose weighted sum sees each row of each plate once, or as many rows as `most` passes can.
 
     Args:
         plates: the distributions of the plates' rows.
         groups: the plates, those in one group under which a site stands together.
         most: the largest number of passes; None for as many as it takes.
+        loops: the plates that cannot show a row twice in one pass.
     """
     passes: list[Pass] = [(1.0, {})]
     for names in groups:
         product: list[Pass] = [(1.0, {})]
         for name in names:
-            own = _blocks(plates[name], most)
+            own = _blocks(plates[name], most, may_repeat=name not in loops)
             product = [(v * w, rows | {name: block}) for v, rows in product for w, block in own]
         passes = _joined(passes, product)
     if most is not None and len(passes) > most:
@@ -57,21 +67,24 @@ def passes_of(plates: dict[str, Distribution], groups: list[list[str]], most: in
     return passes
 
 
-def _blocks(plate: Distribution, most: int | None) -> list[tuple[float, Tensor]]:
+def _blocks(plate: Distribution, most: int | None, *, may_repeat: bool) -> list[tuple[float, Tensor]]:
     """Blocks of a plate's rows, with weights with which their sum sees each row once.
 
-    The last rows, fewer than a block, are repeated in several blocks, in each of them another part of them twice.
+    The last rows, fewer than a block, are repeated in several blocks, in each of them another part of them twice. If no
+    block may hold a row twice, the last whole block is shared out with them.
     """
     size, block = plate.size, plate.subsample_size
-    order, whole = torch.randperm(size), size // block
-    blocks = [(block / size, rows) for rows in order[: whole * block].split(block)]
-    rest = order[whole * block :]
-    if len(rest):
-        windows = len(rest) // math.gcd(len(rest), block)
+    num_rest = size % block
+    if num_rest and not may_repeat:
+        num_rest += block
+    rest, *whole = torch.randperm(size).split([num_rest] + [block] * ((size - num_rest) // block))
+    blocks = [(block / size, rows) for rows in whole]
+    if num_rest:
+        windows = num_rest // math.gcd(num_rest, block)
         windows = windows if most is None else min(windows, most)
-        starts = [k * block % len(rest) for k in range(windows)]
-        cyclic = [rest[(torch.arange(block) + start) % len(rest)] for start in starts]
-        blocks += [(len(rest) / size / windows, rows) for rows in cyclic]
+        starts = [k * block % num_rest for k in range(windows)]
+        cyclic = [rest[(torch.arange(block) + start) % num_rest] for start in starts]
+        blocks += [(num_rest / size / windows, rows) for rows in cyclic]
     device = plate().device  # where the plate draws its rows
     return [(weight, rows.to(device)) for weight, rows in blocks]
 

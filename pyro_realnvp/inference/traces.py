@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .base import GuideBase
-from .sites import batch_mask, is_latent
+from .sites import counts, is_latent
 
 _ATTEMPTS = 10
 
@@ -73,7 +73,7 @@ def run(model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[st
     """
     guide_trace, model_trace = _traces(model, guide, args, kwargs)
     drawn = {name for name in guide_trace.stochastic_nodes if not site_is_subsample(guide_trace.nodes[name])}
-    missing = {name for name, site in model_trace.nodes.items() if is_latent(site) and _counts(site)} - drawn
+    missing = {name for name, site in model_trace.nodes.items() if is_latent(site) and counts(site)} - drawn
     if missing:
         raise ValueError(
             f"the model has the latent sites {sorted(missing)}, which the guide does not have: a guide is made for a "
@@ -108,12 +108,6 @@ def _traces(model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dic
             if not attempts_left:
                 raise
     return guide_trace, model_trace
-
-
-def _counts(site: dict[str, Any]) -> bool:
-    """Whether the density counts an entry of the site."""
-    mask = batch_mask(site)
-    return site["value"].numel() > 0 and (mask is None or bool(mask.any()))
 
 
 def learned_parameters(

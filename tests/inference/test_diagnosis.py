@@ -4,6 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import fitted, table
+from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
 from pyro.infer.importance import psis_diagnostic
 
 import pyro_realnvp as rn
@@ -93,3 +94,35 @@ def test_a_heavy_tail_of_small_differences_is_called_good():
     log_weights = 1e-3 * torch.linspace(1e-3, 1, 4000).pow(-0.8).sort().values
     report = rn.Diagnosis(1.36, 0.0, 0.0, 0.0, 3990.0, log_weights, {})
     assert "1.36, the tail of small differences: good" in str(report)
+
+
+def test_a_point_estimate_has_no_importance_weights():
+    def model():
+        z, w = pyro.sample("z", dist.Normal(0.0, 1.0)), pyro.sample("w", dist.Delta(torch.tensor(1.0)))
+        pyro.sample("x", dist.Normal(z, w), obs=torch.tensor(0.0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 0.5**0.5))
+        pyro.sample("w", dist.Delta(torch.tensor(1.0)))
+
+    for point in (AutoDelta(model), AutoLaplaceApproximation(model)):
+        with pytest.raises(ValueError, match="the guide gives the site 'z' the same value in all 2000 draws"):
+            rn.diagnose(point)
+    evidence = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(0.0)).item()
+    assert rn.diagnose(guide, model=model).log_evidence == pytest.approx(evidence, abs=1e-5)
+
+
+@pytest.mark.parametrize("block", [2, 3, 4, 7])
+def test_all_rows_of_a_loop_that_shows_some_of_them(block):
+    """The sites of a loop are named by their rows, so no row may come twice in a pass."""
+    x = torch.linspace(-1.0, 3.0, 10)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for row in pyro.plate("rows", 10, subsample_size=block):
+            pyro.sample(f"x{row}", dist.Normal(z, 1.0), obs=x[row])
+
+    guide = rn.AutoRealNVP(model, num_couplings=2)
+    covariance = torch.eye(10) + torch.ones(10, 10)
+    evidence = dist.MultivariateNormal(torch.zeros(10), covariance).log_prob(x).item()
+    assert rn.diagnose(guide, num_samples=200).log_evidence == pytest.approx(evidence, abs=0.02)

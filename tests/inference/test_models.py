@@ -173,6 +173,22 @@ def dynamic():
     pyro.sample("y", dist.Normal(a + b, 0.5), obs=torch.tensor(2.5))
 
 
+def test_a_support_that_depends_on_a_sum():
+    @config_enumerate
+    def model():
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("z", dist.Uniform(0.0, 1.0 + k))
+
+    with pytest.raises(ValueError, match="'z' depends on a discrete site that is summed over"):
+        rn.AutoRealNVP(model).build()
+
+
+def test_a_support_with_an_infinite_end():
+    """Torch says that it is an interval up to infinity, and maps all points to infinity."""
+    with pytest.raises(ValueError, match=r"'z' has the support .* with an infinite end"):
+        rn.AutoRealNVP(lambda: pyro.sample("z", dist.GeneralizedPareto(0.0, 1.0, 0.2))).build()
+
+
 @pytest.mark.parametrize(
     ("choose", "is_dynamic"),
     [(lambda a, c: a > 1.5, True), (lambda a, c: a > c, True), (lambda a, c: a > -1.0, False)],
@@ -916,6 +932,45 @@ def test_all_kinds_of_invalid_values_have_density_zero(name):
     log_p = torch.stack([density.one({"s": s}) for s in (good, bad)])
     expected = poutine.trace(poutine.condition(model, {"s": good})).get_trace().log_prob_sum()
     torch.testing.assert_close(log_p, torch.stack([expected, torch.tensor(-torch.inf)]))
+
+
+def test_a_discrete_site_that_the_guide_draws_is_not_summed_over():
+    """As in Pyro, where a guide's draw takes precedence over the sum."""
+
+    @config_enumerate
+    def model():
+        z, k = pyro.sample("z", dist.Normal(0.0, 1.0)), pyro.sample("k", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(z + 2 * k, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        k = pyro.sample("k", dist.Bernoulli(0.4))
+        pyro.sample("z", dist.Normal(0.5 - k, 0.8))
+
+    states = torch.stack([dist.Normal(m, math.sqrt(2)).log_prob(torch.tensor(1.0)) for m in (0.0, 2.0)])
+    exact = (states + torch.tensor([0.7, 0.3]).log()).logsumexp(0).item()
+    report = rn.diagnose(guide, model=model, num_samples=20_000)
+    assert report.log_evidence == pytest.approx(exact, abs=0.02) and set(report.draws) == {"k", "z"}
+    k, z = torch.tensor(1.0), torch.tensor(0.2)
+    log_p = LogDensity(model, values={"k": k, "z": z}).one({"k": k, "z": z})
+    expected = dist.Normal(0.0, 1.0).log_prob(z) + math.log(0.3) + dist.Normal(z + 2, 1.0).log_prob(torch.tensor(1.0))
+    torch.testing.assert_close(log_p, expected)
+
+
+def test_a_one_hot_site_is_summed_over():
+    """It has no median to start from."""
+    x = torch.tensor([0.3, -1.0])
+
+    @config_enumerate
+    def model():
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("n", 2):
+            k = pyro.sample("k", dist.OneHotCategorical(P))
+            pyro.sample("x", dist.Normal((k * locs).sum(-1), 1.0), obs=x)
+
+    guide, point = rn.AutoRealNVP(model).build(), torch.tensor([0.1, 0.5, -0.7])
+    mixture = dist.MixtureSameFamily(dist.Categorical(P), dist.Normal(point, 1.0))
+    expected = dist.Normal(0.0, 1.0).log_prob(point).sum() + mixture.log_prob(x).sum()
+    torch.testing.assert_close(LogDensity(model, values=guide()).one({"locs": point}), expected)
 
 
 def test_a_state_with_invalid_values_leaves_the_sum():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import count_evaluations, small
 from pyro import poutine
-from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
+from pyro.contrib.forecast import Forecaster, ForecastingModel
+from pyro.infer import SVI, JitTrace_ELBO, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import NeuTraReparam
@@ -79,3 +80,41 @@ def test_a_float64_model():
 
     guide, _ = trained_guide(double_model, lambda dim: small(dim).double())
     assert guide()["z"].dtype == torch.float64
+
+
+def test_a_guide_without_arguments_takes_those_of_its_build():
+    """As Pyro's own do."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = rn.AutoRealNVP(model)
+    guide(torch.zeros(3))
+    assert guide()["z"].shape == (3,)
+    assert Predictive(guide, num_samples=4)()["z"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_a_forecast(is_relative):
+    """Pyro's Forecaster gives the guide more covariates than those that it was made with."""
+
+    class Walk(ForecastingModel):
+        def model(self, zero_data, covariates):
+            scale = (
+                pyro.sample("scale", dist.LogNormal(torch.full((1,), -2.0), 1.0).to_event(1)) if is_relative else 0.1
+            )
+            with self.time_plate:
+                drift = pyro.sample("drift", dist.Normal(torch.zeros(1), scale).to_event(1))
+            self.predict(dist.Normal(0.0, torch.full((1,), 0.1)), drift.cumsum(-2))
+
+    model, covariates = Walk(), torch.zeros(12, 1)
+    data = torch.linspace(0, 5, 8).unsqueeze(-1)
+    guide = rn.AutoRealNVP(model, num_couplings=2)
+    forecaster = Forecaster(model, data, covariates[:8], guide=guide, num_steps=5, log_every=0)
+    assert bool(guide.relative) is is_relative
+    draws = forecaster(data, covariates, num_samples=200)
+    assert draws.shape == (200, 4, 1)
+    assert draws[:, 0].mean().item() == pytest.approx(5.0, abs=1.0)
