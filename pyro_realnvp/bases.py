@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base distributions as modules."""
 
-import threading
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-import numpy as np
 import pyro.distributions as dist
 import torch
-from sklearn.cluster import HDBSCAN
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
@@ -19,13 +14,7 @@ from .bijections.conditioners import MLP
 from .bijections.inputs import check_context
 from .bijections.modes import is_autocast
 from .bijections.shapes import sum_events
-
-_MANY_ROWS = 1000
-_MOST_COMPONENTS = 8
-_ROWS_PER_COMPONENT = 10  # with fewer, the criterion prefers normals that collapse to a few rows each
-_FILTERS = threading.Lock()  # warnings.catch_warnings changes the filters of all threads
-_MOST_CLUSTERED = 5000  # rows among which clusters are looked for
-_LEAST_CLUSTERED = 0.9
+from .mixtures import choose_mixture, fit_mixture
 
 
 class Base(nn.Module):
@@ -83,6 +72,19 @@ class Base(nn.Module):
 class _Entries(dist.Independent):
     """Entries as one event. Beyond their support they have no density, which torch's formulas do not say; and an empty
     batch has none to sum, where torch's own class fails."""
+
+    def cdf(self, value: Tensor) -> Tensor:
+        return self._of_one_number("cdf").cdf(value)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        return self._of_one_number("icdf").icdf(value)
+
+    def _of_one_number(self, what: str) -> dist.Distribution:
+        if self.reinterpreted_batch_ndims:
+            raise NotImplementedError(
+                f"{what} is that of single numbers; got events of shape {tuple(self.event_shape)}"
+            )
+        return self.base_dist
 
     def log_prob(self, value: Tensor) -> Tensor:
         entries, event_dim = self.base_dist, self.reinterpreted_batch_ndims
@@ -205,8 +207,8 @@ class MixtureBase(nn.Module):
 
         A flow of many rows shapes each piece by itself, so there are as many normals as x has separate clusters
         (:class:`sklearn.cluster.HDBSCAN`). From few rows a flow learns little more than what it starts from, so there
-        are as many as the Bayesian information criterion asks for. It also chooses between full covariances, equal
-        ones and diagonal ones.
+        are as many as the Bayesian information criterion asks for. It also chooses between full covariances,
+        diagonal ones and, if all rows have the same weight, equal ones.
 
         Args:
             x, weights, seed: as in :meth:`initialize`.
@@ -217,14 +219,7 @@ class MixtureBase(nn.Module):
             >>> MixtureBase.for_rows(pieces).num_components
             2
         """
-        rows = _resampled(x, weights, seed)
-        if len(rows) >= _MANY_ROWS:
-            best = _mixture(rows, _num_clusters(rows), "full", seed)
-        else:
-            most = min(_MOST_COMPONENTS, max(1, len(rows) // _ROWS_PER_COMPONENT))
-            kinds = [(num, kind) for num in range(1, most + 1) for kind in ("full", "tied", "diag")]
-            mixtures = [_mixture(rows, num, kind, seed) for num, kind in kinds]
-            best = min(mixtures, key=lambda mixture: mixture.bic(rows))
+        best = choose_mixture(x, weights, seed)
         full = best.covariance_type != "diag"
         base = cls(x.shape[1], num_components=best.n_components, full=full, context_dim=context_dim).to(x)
         return base._start_at(best)
@@ -238,7 +233,7 @@ class MixtureBase(nn.Module):
             seed: the seed of the fit.
         """
         kind = "diag" if self.lowers is None else "full"
-        return self._start_at(_mixture(_resampled(x, weights, seed), self.num_components, kind, seed))
+        return self._start_at(fit_mixture(x, weights, self.num_components, kind, seed))
 
     def _start_at(self, mixture: GaussianMixture) -> "MixtureBase":
         covariances = torch.from_numpy(mixture.covariances_)
@@ -299,28 +294,5 @@ class NormalMixture(dist.MixtureSameFamily):
         return super().sample(sample_shape) if shape.numel() else self.component_distribution.loc.new_zeros(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if value.numel():
-            return super().log_prob(value)
-        return value.new_zeros(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
-
-
-def _resampled(x: Tensor, weights: Tensor | None, seed: int) -> np.ndarray:
-    """The rows as an array, drawn by their weights if they have any, since scikit-learn's mixtures take none."""
-    rows = x.detach().double().cpu()
-    if weights is not None:
-        draw = torch.Generator().manual_seed(seed)
-        rows = rows[torch.multinomial(weights.double().cpu(), len(rows), replacement=True, generator=draw)]
-    return rows.numpy()
-
-
-def _mixture(rows: np.ndarray, num_components: int, kind: str, seed: int) -> GaussianMixture:
-    with _FILTERS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the flow trains on
-        return GaussianMixture(num_components, covariance_type=kind, n_init=3, random_state=seed).fit(rows)
-
-
-def _num_clusters(rows: np.ndarray) -> int:
-    """The number of separate clusters, 1 if most rows belong to none."""
-    rows = np.random.default_rng(0).permutation(rows)[:_MOST_CLUSTERED]  # every k-th row might be all of one kind
-    labels = HDBSCAN(min_cluster_size=max(10, len(rows) // 20), copy=True).fit_predict(rows)
-    return max(1, int(labels.max()) + 1) if (labels >= 0).mean() > _LEAST_CLUSTERED else 1
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return super().log_prob(value) if shape.numel() else value.new_zeros(shape)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions that a base and a bijection define."""
 
+import copy
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,7 +14,7 @@ from torch.distributions import Distribution, constraints
 from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
 from .bijections.compose import Compose
-from .bijections.inputs import check_context, check_tensor
+from .bijections.inputs import check_context, check_tensor, first_real
 from .bijections.memo import forget_param_store
 from .bijections.modes import is_eager
 from .bijections.shapes import for_inner_axes, inner_point, of_entries, strictly_inside, sum_events
@@ -77,7 +79,7 @@ class FlowDistribution(dist.TransformedDistribution):
             # On a bound the bijection is infinite, and its gradient nan. Any inner point stands in for the value there.
             value = torch.where(inside, value, inner_point(transform.codomain, value))
         x, ladj = transform._evaluate(value, forward=False, remember=False)
-        log_p = self.base_dist.log_prob(x) + self._sum(ladj, value)
+        log_p = self.base_dist.log_prob(x) + self._sum(ladj, x)
         if inside is None:
             return log_p
         return torch.where(sum_events(~inside, self.event_dim) == 0, log_p, -torch.inf)
@@ -98,7 +100,7 @@ class FlowDistribution(dist.TransformedDistribution):
             )
         x = self.base_dist.rsample(_shape(sample_shape))
         y, ladj = transform._evaluate(x, forward=True, remember=False)
-        return y, self.base_dist.log_prob(x) - self._sum(ladj, y)
+        return y, self.base_dist.log_prob(x) - self._sum(ladj, x)
 
     def expand(self, batch_shape: Sequence[int], _instance: dist.Distribution | None = None) -> "FlowDistribution":
         # Without an instance, torch refuses a class that has an __init__ of its own.
@@ -113,12 +115,12 @@ class FlowDistribution(dist.TransformedDistribution):
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
-    def _sum(self, ladj: Tensor, value: Tensor) -> Tensor:
-        event_dim = self.transforms[0].codomain.event_dim
-        if self.event_dim == event_dim:
-            return ladj
+    def _sum(self, ladj: Tensor, x: Tensor) -> Tensor:
+        """The log-determinant of whole events, from that of the bijection's and its input."""
+        event_dim = self.transforms[0].domain.event_dim
+        more = len(self.base_dist.event_shape) - event_dim
         # A bijection may return one number for all of the inner events.
-        return sum_events(ladj.expand(value.shape[: value.dim() - event_dim]), self.event_dim - event_dim)
+        return sum_events(ladj.expand(x.shape[: x.dim() - event_dim]), more) if more else ladj
 
 
 def _is_real(transform: Bijection) -> bool:
@@ -129,6 +131,26 @@ def _shape(sample_shape: Sequence[int]) -> torch.Size:
     if isinstance(sample_shape, int):
         raise TypeError(f"expected a sample_shape; got {sample_shape}: pass ({sample_shape},)")
     return torch.Size(sample_shape)
+
+
+def as_called(module: nn.Module) -> nn.Module:
+    """A module with the parameters that it has now, which `torch.func.functional_call` takes back at once.
+
+    Such parameters are plain tensors, and a copy holds them for as long as the distribution lives. Where torch.func is
+    active, some of them may be; elsewhere the first one tells of all.
+    """
+    first = first_real(module, "_parameters")
+    is_own = first is None or _is_own(first)
+    if is_own and torch._C._are_functorch_transforms_active():
+        is_own = all(map(_is_own, module.parameters()))
+    if is_own or torch.compiler.is_compiling():
+        return module
+    tensors = chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def _is_own(parameter: Tensor) -> bool:
+    return isinstance(parameter, nn.Parameter) or hasattr(parameter, "unconstrained")  # as from Pyro's parameter store
 
 
 class Flow(nn.Module):
@@ -242,7 +264,7 @@ class Flow(nn.Module):
         if base_context is None or self.bijection.context_dim:
             check_context(self.bijection, context)
         extra_dims = len(self.event_shape) - self.bijection.codomain.event_dim
-        bijection = self.bijection
+        bijection = as_called(self.bijection)
         if context is not None:
             bijection = bijection.condition(for_inner_axes(context, extra_dims))
         if isinstance(self.base, MixtureBase):

@@ -253,3 +253,54 @@ def test_rows_in_turn_are_seen_alike():
     only = rn.Flow(rn.real_nvp(2, num_couplings=2), base=rn.MixtureBase(2, num_components=1))
     rn.fit(only, x, weights=(torch.arange(len(x)) % 2).float(), validation=0, num_steps=1, progress=False)
     assert only.base.start_locs[0, 0] == pytest.approx(6, abs=0.2)
+
+
+WEIGHTS = {
+    "equal": lambda num: torch.ones(num),
+    "even": lambda num: 0.5 + torch.rand(num),
+    "exponential": lambda num: torch.empty(num).exponential_(),
+    "heavy": lambda num: (1.5 * torch.randn(num)).exp(),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("num", [100, 999])
+def test_weights_do_not_make_a_normal_collapse(kind, num):
+    """One normal. Rows drawn with replacement would come several times, and look like normals of their own."""
+    torch.manual_seed(num)
+    x, new = torch.randn(num, 4), torch.randn(4000, 4)
+    base = rn.MixtureBase.for_rows(x, WEIGHTS[kind](num))
+    assert base.num_components == 1
+    entropy = 2 * math.log(2 * math.pi * math.e)
+    assert -base().log_prob(new).mean().item() == pytest.approx(entropy, abs=1.0 if kind == "heavy" else 0.25)
+
+
+def test_equal_weights_are_none():
+    x = torch.cat([torch.randn(60, 2), torch.randn(60, 2) + 6])
+    one, other = (rn.MixtureBase.for_rows(x, weights) for weights in (None, torch.full((120,), 3.0)))
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+    assert one.num_components == 2
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_whole_weights_are_copies(full):
+    x = torch.cat([torch.randn(60, 2), torch.randn(60, 2) + 6]).double()
+    weights = torch.arange(120) % 4
+    one, other = (
+        rn.MixtureBase(2, num_components=2, full=full).double().initialize(*rows)
+        for rows in ((x, weights), (x.repeat_interleave(weights, 0),))
+    )
+    torch.testing.assert_close(one().log_prob(x), other().log_prob(x), rtol=1e-3, atol=1e-3)
+
+
+def test_an_empty_batch_of_contexts():
+    base = rn.MixtureBase(2, num_components=2, context_dim=3)
+    assert base(torch.zeros(0, 3)).log_prob(torch.zeros(2)).shape == (0,)
+
+
+def test_the_distribution_function_of_one_number():
+    flow = rn.Flow(rn.Compose([dist.transforms.ExpTransform()]), event_shape=())
+    torch.testing.assert_close(flow().cdf(torch.tensor(1.0)), torch.tensor(0.5))
+    torch.testing.assert_close(flow().icdf(torch.tensor(0.5)), torch.tensor(1.0))
+    with pytest.raises(NotImplementedError, match="cdf is that of single numbers"):
+        rn.Flow(rn.real_nvp(2))().base_dist.cdf(torch.zeros(2))

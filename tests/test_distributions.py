@@ -348,3 +348,63 @@ def test_a_prior_with_bounds_under_nuts():
     log_p = flow().log_prob(grid[:, None]) + dist.Normal(grid, 0.5).log_prob(torch.tensor(0.7))
     p = log_p.exp() / log_p.exp().sum()
     assert mcmc.get_samples()["z"].mean().item() == pytest.approx((p * grid).sum().item(), abs=0.06)
+
+
+# -- called with other parameters --------------------------------------------------------------------------------------
+
+
+def integers_model():
+    shape = (1, 2, 2)
+    return rn.DequantizedFlow(perturb(rn.Flow(rn.image_real_nvp(shape, num_scales=1, hidden_channels=4, num_blocks=1))))
+
+
+@pytest.mark.parametrize("kind", ["flow", "conditional", "images"])
+def test_a_functional_call(kind):
+    """It takes its parameters back before the distribution is asked for anything."""
+    x, context = torch.randn(5, 2), ()
+    if kind == "images":
+        x, module = torch.randint(0, 256, (5, 1, 2, 2)), integers_model()
+    elif kind == "flow":
+        module = moved_flow()
+    else:
+        module, context = moved_flow(context_dim=3), (torch.randn(5, 3),)
+
+    def score(*args):
+        torch.manual_seed(0)
+        return args[0].log_prob(x)
+
+    other = perturb(copy.deepcopy(module))
+    own, others = (dict(m.named_parameters()) for m in (module, other))
+    others = {name: value.detach() for name, value in others.items()}
+    before = score(module(*context))
+    found = torch.func.functional_call(module, others, context)
+    torch.testing.assert_close(score(found), score(other(*context)))
+    torch.testing.assert_close(score(module(*context)), before)
+    gradient = torch.func.grad(lambda p: score(torch.func.functional_call(module, p, context)).mean())(own)
+    expected = torch.autograd.grad(score(module(*context)).mean(), list(own.values()))
+    torch.testing.assert_close(tuple(gradient.values()), expected)
+    part = {name: value for name, value in own.items() if "parts.1" in name}  # the others stay as they are
+    gradient_of_part = torch.func.grad(lambda p: score(torch.func.functional_call(module, p, context)).mean())(part)
+    torch.testing.assert_close(gradient_of_part, {name: gradient[name] for name in part})
+
+
+def test_an_ensemble():
+    flows, x = [moved_flow() for _ in range(3)], torch.randn(5, 2)
+    state = torch.func.stack_module_state(flows)
+    found = torch.vmap(lambda *state: torch.func.functional_call(flows[0], state, ()).log_prob(x))(*state)
+    torch.testing.assert_close(found, torch.stack([flow().log_prob(x) for flow in flows]))
+
+
+def test_contexts_broadcast_with_a_value_of_several_axes():
+    flow = perturb(rn.Flow(small(2, context_dim=3), event_shape=(4, 2)))
+    contexts, value = torch.randn(5, 3), torch.randn(4, 2)
+    torch.testing.assert_close(flow(contexts).log_prob(value), flow(contexts).log_prob(value.expand(5, 4, 2)))
+
+
+def test_samples_keep_off_the_bounds_of_a_logit():
+    """A sigmoid rounds to 1, where the logit is infinite."""
+    far = rn.TriangularAffine(1).start_at(torch.tensor([12.0]), torch.tensor([[3.0]]))
+    flow = rn.Flow(rn.Compose([far, rn.Logit(0).inv]))
+    samples, log_p = flow().rsample_and_log_prob((1000,))
+    assert ((samples > 0) & (samples < 1)).all()
+    assert log_p.isfinite().all() and flow().log_prob(samples).isfinite().all()

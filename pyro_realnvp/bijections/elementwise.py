@@ -122,7 +122,12 @@ class Logit(Bijection):
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         low, high = (y.new_tensor(bound) for bound in (self.domain.lower_bound, self.domain.upper_bound))
-        return torch.lerp(low, high, torch.sigmoid(y)), -self._ladj(y)  # lerp is exact at both ends.
+        return _between(torch.lerp(low, high, torch.sigmoid(y)), low, high), -self._ladj(y)
+
+
+def _between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Keeps values of an open interval from being rounded to its bounds, where there is no density."""
+    return x.clamp(torch.nextafter(low, high), torch.nextafter(high, low))
 
 
 class _Box(constraints.Constraint):
@@ -222,9 +227,7 @@ class Unbound(Constants, Bijection):
         between = torch.where(both, y, 0.0)
         x = torch.where(from_below, self.low + up.exp(), torch.where(from_above, self.high - (-down).exp(), y))
         x = torch.where(both, torch.lerp(low, high, torch.sigmoid(between)), x)
-        # The bounds lie outside of the open intervals, so that a value must not be rounded to them.
-        lowest, highest = self.domain.lower_bound, self.domain.upper_bound
-        x = x.clamp(torch.nextafter(lowest, highest), torch.nextafter(highest, lowest))
+        x = _between(x, self.domain.lower_bound, self.domain.upper_bound)
         ladj = torch.where(both, (high - low).log() - F.softplus(between) - F.softplus(-between), up - down)
         return x, ladj.sum(-1)
 

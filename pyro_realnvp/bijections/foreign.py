@@ -62,6 +62,7 @@ class Foreign(Bijection):
         transform = self.transform
         if isinstance(transform, AffineTransform):
             transform = AffineTransform(transform.loc, transform.scale)
+            x, y = torch.broadcast_tensors(x, y)  # of which one may have no batch axes
         ladj = transform.log_abs_det_jacobian(x, y).to(y.dtype)
         return sum_events(ladj, max(0, ladj.dim() - x.dim() + self.domain.event_dim))
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..bijections.inputs import check_event_shape
-from ..distributions import Flow
+from ..bijections.modes import is_eager
+from ..distributions import Flow, as_called
 from .multi_scale import check_image_shape
 
 
@@ -118,7 +119,7 @@ class Dequantized(dist.TorchDistribution):
             log_q = q.log_prob(u)
         if u.shape != shape + value.shape:
             raise ValueError(f"expected noise of shape {tuple(shape + value.shape)}; got {tuple(u.shape)}")
-        if self._validate_args and not torch.compiler.is_compiling() and not bool(((u >= 0) & (u <= 1)).all()):
+        if self._validate_args and is_eager(u) and not bool(((u >= 0) & (u <= 1)).all()):
             raise ValueError("expected noise in [0, 1]; got values outside: let its flow end in Logit(0).inv")
         return u, log_q
 
@@ -137,8 +138,8 @@ class Dequantized(dist.TorchDistribution):
             )
         check_event_shape(self, value.shape, self.event_shape)
         value = value.long()  # 255 + 1 is 0 in uint8, and torch has no arithmetic of uint16
-        # Compiled code cannot branch on values, so the range is not checked there.
-        if self._validate_args and not torch.compiler.is_compiling() and value.numel():
+        # Neither compiled code nor code under torch.func can branch on values, so the range is not checked there.
+        if self._validate_args and is_eager(value) and value.numel():
             low, high = (int(bound) for bound in value.aminmax())
             if low < 0 or high >= self.levels:
                 raise ValueError(
@@ -227,10 +228,11 @@ class DequantizedFlow(nn.Module):
             context, temperature: as in :meth:`Flow.forward`.
             num_samples: the number of noise samples in the bound; by default the one of the constructor.
         """
+        noise = as_called(self.noise) if isinstance(self.noise, nn.Module) else self.noise
         return Dequantized(
             self.flow(context, temperature=temperature),
             self.levels,
-            noise=self.noise,
+            noise=noise,
             num_samples=self.num_samples if num_samples is None else num_samples,
         )
 

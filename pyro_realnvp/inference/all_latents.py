@@ -21,7 +21,7 @@ from .coordinates import FromRelative
 from .density import LogDensity
 from .mapping import map_each
 from .relative import Relative
-from .sites import Site, find_sites, is_latent, unconstraining, unpack, with_fallback
+from .sites import Site, beside_plates, find_sites, is_latent, unconstraining, unpack, with_fallback
 
 _NUM_FAR, _FAR = 8, 3.0  # how many points, and how far from the start, show where supports depend on latents
 
@@ -231,7 +231,7 @@ class AllLatents(GuideBase, AutoContinuous):
         draws = {}
         for name, value in values.items():
             event_dim = self.prototype_trace.nodes[name]["fn"].event_dim
-            value, ladj = (_beside_plates(t, latent.shape[:-1], n) for t, n in ((value, event_dim), (ladjs[name], 0)))
+            value, ladj = (beside_plates(t, latent.shape[:-1], n) for t, n in ((value, event_dim), (ladjs[name], 0)))
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[name]:
                     stack.enter_context(plates[frame.name])
@@ -268,7 +268,7 @@ class AllLatents(GuideBase, AutoContinuous):
             site = self.prototype_trace.nodes[name]
             value = self.sites[name].unpack(part)
             event_dim = site["fn"].event_dim + len(self.sites[name].shape) - site["value"].dim()
-            yield site, _beside_plates(value, latent.shape[:-1], event_dim)
+            yield site, beside_plates(value, latent.shape[:-1], event_dim)
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> dict[str, Tensor]:
@@ -295,9 +295,3 @@ def _describe(site: Site) -> tuple:
 
 def _sizes(sites: dict[str, Site]) -> dict[str, int]:
     return {name: site.size for name, site in sites.items()}
-
-
-def _beside_plates(values: Tensor, batch_shape: torch.Size, event_dim: int) -> Tensor:
-    """Values ``batch_shape + site shape`` as Pyro has them, where axes of the batch may be the axes of the plates."""
-    shape = values.shape[len(batch_shape) :]
-    return values.reshape(torch.broadcast_shapes(shape, batch_shape + (1,) * event_dim))

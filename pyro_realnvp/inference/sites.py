@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform, VonMises, biject_to, constraints
 
-from ..bijections.shapes import bounds, sum_events
+from ..bijections.shapes import bounds, of_entries, sum_events
 from .relative import Relative, plain
 
 
@@ -103,7 +103,8 @@ def find_sites(nodes: Mapping[str, dict[str, Any]], influence: dict[str, Tensor]
     found = {}
     for name, site in nodes.items():
         value = site["value"].detach()
-        if any(torch.as_tensor(bound).isinf().any() for bound in bounds(site["fn"].support) if bound is not None):
+        entries = of_entries(site["fn"].support)
+        if isinstance(entries, constraints.interval) and any(torch.as_tensor(b).isinf().any() for b in bounds(entries)):
             raise ValueError(
                 f"the latent site {name!r} has the support {site['fn'].support} with an infinite end, for which torch "
                 "has no coordinates: draw a site with another support, and compute this one from it"
@@ -275,3 +276,9 @@ class Place(Rows):
 def unpack(points: Tensor, sites: dict[str, Site]) -> dict[str, Tensor]:
     """The part of each site in vectors ``(..., D)``."""
     return dict(zip(sites, points.split([site.size for site in sites.values()], -1)))
+
+
+def beside_plates(values: Tensor, batch_shape: torch.Size, event_dim: int) -> Tensor:
+    """Values ``batch_shape + site shape`` as Pyro has them, where axes of the batch may be the axes of the plates."""
+    shape = values.shape[len(batch_shape) :]
+    return values.reshape(torch.broadcast_shapes(shape, batch_shape + (1,) * event_dim))

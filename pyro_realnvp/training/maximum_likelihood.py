@@ -191,7 +191,12 @@ def fit(
     def loss() -> Tensor:
         batch = next(batches)
         if augment is not None:
-            batch = batch._replace(x=augment(batch.x))
+            x, batch = batch.x, batch._replace(x=augment(batch.x))
+            if len(batch.x) != len(x) and batch[1:] != (None, None):
+                raise ValueError(
+                    f"expected augment to keep the {len(x)} rows of a batch, which have contexts or weights; got "
+                    f"{len(batch.x)}"
+                )
         if any(bijection.needs_data for bijection in bijections):
             _initialize(flow, batch)
         return objective(*batch)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,5 +43,6 @@ class LoopOptions:
 
 
 def plain(value: Any) -> Any:
-    """Converts a numpy scalar to a Python scalar, which a checkpoint can hold; returns other values unchanged."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Converts a scalar of numpy or torch to Python's, which a checkpoint can hold; returns other values unchanged."""
+    is_number = isinstance(value, np.generic) or (isinstance(value, Tensor) and not value.dim())
+    return value.item() if is_number else value

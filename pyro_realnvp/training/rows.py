@@ -196,7 +196,8 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None) -> Te
     is_array = isinstance(values, np.ndarray)
     if isinstance(values, np.ma.MaskedArray) or (not is_array and not isinstance(values, Tensor)):
         kind = "a tensor or an array of integer levels" if integer else "a tensor or a floating-point array"
-        raise TypeError(f"expected {name} to be {kind}; got {type(values).__name__}")
+        remedy = f"{name}.to_numpy()" if hasattr(values, "to_numpy") else f"np.asarray({name}) or a DataLoader"
+        raise TypeError(f"expected {name} to be {kind}; got {type(values).__name__}: pass {remedy}")
     is_floating = np.issubdtype(values.dtype, np.floating) if is_array else values.is_floating_point()
     if integer and (is_floating or (is_array and not np.issubdtype(values.dtype, np.integer) and values.dtype != bool)):
         raise TypeError(

@@ -131,6 +131,13 @@ def test_what_torchs_wrappers_hold(make, trained, inverted):
     torch.testing.assert_close(f(x), other(x))
 
 
+def test_an_affine_transform_with_more_batch_axes_than_its_input():
+    f = rn.Compose([T.AffineTransform(torch.zeros(5, 3), torch.full((5, 3), 2.0), event_dim=1)])
+    y, ladj = f.forward_and_ladj(torch.ones(3))
+    torch.testing.assert_close((y, ladj), (torch.full((5, 3), 2.0), torch.full((5,), 3 * math.log(2))))
+    torch.testing.assert_close(f.inverse_and_ladj(torch.ones(3))[1], torch.full((5,), -3 * math.log(2)))
+
+
 def test_a_stack_of_transforms_with_events_is_refused():
     with pytest.raises(ValueError, match="expected a StackTransform of elementwise transforms"):
         rn.Compose([T.StackTransform([rn.real_nvp(2), rn.real_nvp(2)], dim=-2)])

@@ -58,6 +58,13 @@ class Endless(IterableDataset):
             yield torch.randn(2)
 
 
+class Table:
+    """What a DataFrame says of itself."""
+
+    def to_numpy(self):
+        return torch.randn(64, 2).numpy()
+
+
 @table(
     ("call", "error", "message"),
     {
@@ -140,6 +147,13 @@ class Endless(IterableDataset):
             lambda: run(make_flow(), 2 * torch.randn(64, 2, requires_grad=True)),
             ValueError,
             "pass x.detach()",
+        ),
+        "a table": (lambda: run(make_flow(), Table()), TypeError, r"got Table: pass x.to_numpy\(\)"),
+        "a list": (lambda: run(make_flow(), [[0.0, 1.0]] * 64), TypeError, r"got list: pass np.asarray\(x\)"),
+        "rows that augment drops": (
+            lambda: run(make_flow(), torch.randn(64, 2), weights=torch.rand(64), augment=lambda x: x[::2]),
+            ValueError,
+            "expected augment to keep the 58 rows",
         ),
         "sparse rows": (lambda: run(make_flow(), torch.randn(64, 2).to_sparse()), TypeError, "pass x.to_dense()"),
         "flat contexts": (
@@ -238,3 +252,12 @@ def test_warnings(call, message):
 def test_a_torch_distribution_as_a_base():
     base = rn.Base(torch.distributions.Normal, loc=torch.zeros(2), scale=torch.ones(2))
     assert rn.Flow(rn.real_nvp(2), base=base)().sample((3,)).shape == (3, 2)
+
+
+def test_options_may_be_scalars_of_torch():
+    x = torch.randn(64, 2)
+    flows = [make_flow(), make_flow()]
+    flows[1].load_state_dict(flows[0].state_dict())
+    for flow, lr, steps in zip(flows, (0.003, torch.tensor(0.003)), (5, torch.tensor(5))):
+        assert len(run(flow, x, lr=lr, num_steps=steps).loss) == 5
+    torch.testing.assert_close(flows[0].state_dict(), flows[1].state_dict())

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of normals, fitted by scikit-learn to rows that may have weights."""
+
+import threading
+import warnings
+
+import numpy as np
+from sklearn.cluster import HDBSCAN
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+_MANY_ROWS = 1000
+_MOST_COMPONENTS = 8
+_ROWS_PER_COMPONENT = 10  # with fewer, the criterion prefers normals that collapse to a few rows each
+_FILTERS = threading.Lock()  # warnings.catch_warnings changes the filters of all threads
+_MOST_CLUSTERED = 5000  # rows among which clusters are looked for
+_LEAST_CLUSTERED = 0.9
+
+
+def fit_mixture(x: Tensor, weights: Tensor | None, num_components: int, kind: str, seed: int) -> GaussianMixture:
+    return _fitted(*_weighted_rows(x, weights), num_components, kind, seed)
+
+
+def choose_mixture(x: Tensor, weights: Tensor | None, seed: int) -> GaussianMixture:
+    """A mixture whose number of components suits a flow of such rows: see :meth:`MixtureBase.for_rows`."""
+    rows, shares = _weighted_rows(x, weights)
+    worth = _worth(shares)
+    if worth >= _MANY_ROWS:
+        return _fitted(rows, shares, _num_clusters(rows, shares), "full", seed)
+    most = min(_MOST_COMPONENTS, max(1, int(worth) // _ROWS_PER_COMPONENT))
+    # scikit-learn's equal covariances count all rows alike.
+    kinds = ("full", "tied", "diag") if np.ptp(shares) == 0 else ("full", "diag")
+    found = [_fitted(rows, shares, num, kind, seed) for num in range(1, most + 1) for kind in kinds]
+    return min(found, key=lambda mixture: (mixture.has_collapsed(rows), mixture.bic(rows)))
+
+
+def _weighted_rows(x: Tensor, weights: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that count, and the share of each in the sum of all weights."""
+    rows = x.detach().double().cpu().numpy()
+    weights = np.ones(len(rows)) if weights is None else weights.detach().double().cpu().numpy()
+    return rows[weights > 0], weights[weights > 0] / weights.sum()
+
+
+class WeightedMixture(GaussianMixture):
+    """scikit-learn's mixture, which by itself takes no weights of rows."""
+
+    def fit(self, rows: np.ndarray, shares: np.ndarray) -> "WeightedMixture":
+        self._weights = shares * len(rows)
+        return super().fit(rows)
+
+    def has_collapsed(self, rows: np.ndarray) -> bool:
+        """Whether a normal rests on hardly more rows than it has entries, or on a few that outweigh the others."""
+        return self.covariance_type != "tied" and bool(
+            (_worth(self.predict_proba(rows) * self._weights[:, None]) <= rows.shape[1]).any()
+        )
+
+    def bic(self, rows: np.ndarray) -> float:
+        worth = _worth(self._weights)
+        mean = np.average(self.score_samples(rows), weights=self._weights)
+        return -2 * worth * mean + self._n_parameters() * np.log(worth)
+
+    def _initialize(self, rows, responsibilities, **options):
+        super()._initialize(rows, responsibilities * self._weights[:, None], **options)
+
+    def _e_step(self, rows, **options):
+        log_p, log_responsibilities = self._estimate_log_prob_resp(rows, **options)
+        return np.average(log_p, weights=self._weights), log_responsibilities + np.log(self._weights)[:, None]
+
+
+def _worth(weights: np.ndarray) -> np.ndarray:
+    """The number of rows of equal weight that are worth as much."""
+    return np.square(weights.sum(0)) / np.square(weights).sum(0)
+
+
+def _fitted(rows: np.ndarray, shares: np.ndarray, num_components: int, kind: str, seed: int) -> GaussianMixture:
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the flow trains on
+        mixture = WeightedMixture(num_components, covariance_type=kind, n_init=3, random_state=seed)
+        return mixture.fit(rows, shares)
+
+
+def _num_clusters(rows: np.ndarray, shares: np.ndarray) -> int:
+    """The number of separate clusters, 1 if most rows belong to none."""
+    # Every k-th row might be all of one kind. No row comes twice, since copies are close together.
+    num = min(round(_worth(shares)), _MOST_CLUSTERED)
+    rows = rows[np.random.default_rng(0).choice(len(rows), num, replace=False, p=shares)]
+    labels = HDBSCAN(min_cluster_size=max(10, len(rows) // 20), copy=True).fit_predict(rows)
+    return max(1, int(labels.max()) + 1) if (labels >= 0).mean() > _LEAST_CLUSTERED else 1
