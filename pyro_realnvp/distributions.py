@@ -2,6 +2,7 @@
 """Distributions that a base and a bijection define."""
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -10,11 +11,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
+from torch.nn.utils import stateless
 
 from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
 from .bijections.compose import Compose
-from .bijections.inputs import check_context, check_tensor, first_real
+from .bijections.inputs import check_context, check_tensor
 from .bijections.memo import forget_param_store
 from .bijections.modes import is_eager
 from .bijections.shapes import for_inner_axes, inner_point, of_entries, strictly_inside, sum_events
@@ -134,23 +136,22 @@ def _shape(sample_shape: Sequence[int]) -> torch.Size:
 
 
 def as_called(module: nn.Module) -> nn.Module:
-    """A module with the parameters that it has now, which `torch.func.functional_call` takes back at once.
+    """A module that keeps the tensors that it has now, if `torch.func.functional_call` is about to take them back.
 
-    Such parameters are plain tensors, and a copy holds them for as long as the distribution lives. Where torch.func is
-    active, some of them may be; elsewhere the first one tells of all.
+    A distribution is asked for numbers only after that call has returned.
     """
-    first = first_real(module, "_parameters")
-    is_own = first is None or _is_own(first)
-    if is_own and torch._C._are_functorch_transforms_active():
-        is_own = all(map(_is_own, module.parameters()))
-    if is_own or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return module
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _FUNCTIONAL_CALL:
+        frame = frame.f_back
+    if frame is None:
         return module
     tensors = chain(module.parameters(), module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
-def _is_own(parameter: Tensor) -> bool:
-    return isinstance(parameter, nn.Parameter) or hasattr(parameter, "unconstrained")  # as from Pyro's parameter store
+_FUNCTIONAL_CALL = stateless._functional_call.__code__
 
 
 class Flow(nn.Module):

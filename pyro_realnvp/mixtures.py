@@ -19,12 +19,12 @@ _LEAST_CLUSTERED = 0.9
 
 
 def fit_mixture(x: Tensor, weights: Tensor | None, num_components: int, kind: str, seed: int) -> GaussianMixture:
-    return _fitted(*_weighted_rows(x, weights), num_components, kind, seed)
+    return _fitted(*_weighted_rows(x, weights, max(2, num_components)), num_components, kind, seed)
 
 
 def choose_mixture(x: Tensor, weights: Tensor | None, seed: int) -> GaussianMixture:
     """A mixture whose number of components suits a flow of such rows: see :meth:`MixtureBase.for_rows`."""
-    rows, shares = _weighted_rows(x, weights)
+    rows, shares = _weighted_rows(x, weights, 2)
     worth = _worth(shares)
     if worth >= _MANY_ROWS:
         return _fitted(rows, shares, _num_clusters(rows, shares), "full", seed)
@@ -35,11 +35,14 @@ def choose_mixture(x: Tensor, weights: Tensor | None, seed: int) -> GaussianMixt
     return min(found, key=lambda mixture: (mixture.has_collapsed(rows), mixture.bic(rows)))
 
 
-def _weighted_rows(x: Tensor, weights: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+def _weighted_rows(x: Tensor, weights: Tensor | None, least: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows that count, and the share of each in the sum of all weights."""
     rows = x.detach().double().cpu().numpy()
     weights = np.ones(len(rows)) if weights is None else weights.detach().double().cpu().numpy()
-    return rows[weights > 0], weights[weights > 0] / weights.sum()
+    counted = weights > 0
+    if counted.sum() < least:
+        raise ValueError(f"expected {least} rows or more, of positive weight; got {counted.sum()} of {len(rows)}")
+    return rows[counted], weights[counted] / weights.sum()
 
 
 class WeightedMixture(GaussianMixture):

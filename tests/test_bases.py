@@ -304,3 +304,9 @@ def test_the_distribution_function_of_one_number():
     torch.testing.assert_close(flow().icdf(torch.tensor(0.5)), torch.tensor(1.0))
     with pytest.raises(NotImplementedError, match="cdf is that of single numbers"):
         rn.Flow(rn.real_nvp(2))().base_dist.cdf(torch.zeros(2))
+
+
+def test_too_few_rows_count():
+    weights = torch.zeros(50).index_fill(0, torch.arange(3), 1.0)
+    with pytest.raises(ValueError, match="expected 5 rows or more, of positive weight; got 3 of 50"):
+        rn.MixtureBase(2, num_components=5).initialize(torch.randn(50, 2), weights)

@@ -383,9 +383,20 @@ def test_a_functional_call(kind):
     gradient = torch.func.grad(lambda p: score(torch.func.functional_call(module, p, context)).mean())(own)
     expected = torch.autograd.grad(score(module(*context)).mean(), list(own.values()))
     torch.testing.assert_close(tuple(gradient.values()), expected)
+    found = torch.func.functional_call(module, dict(other.named_parameters()), context)  # parameters, and no tensors
+    torch.testing.assert_close(score(found), score(other(*context)))
     part = {name: value for name, value in own.items() if "parts.1" in name}  # the others stay as they are
+    found = torch.func.functional_call(module, {name: 2 * value for name, value in part.items()}, context)
+    assert not torch.equal(score(found), before)
     gradient_of_part = torch.func.grad(lambda p: score(torch.func.functional_call(module, p, context)).mean())(part)
     torch.testing.assert_close(gradient_of_part, {name: gradient[name] for name in part})
+
+
+def test_a_functional_call_with_buffers():
+    x = 10 + 2 * torch.randn(5, 2)
+    flow, other = (rn.Flow(rn.Standardize(2).fit(rows).inv) for rows in (torch.randn(50, 2), x))
+    found = torch.func.functional_call(flow, dict(other.named_buffers()), ())
+    torch.testing.assert_close(found.log_prob(x), other().log_prob(x))
 
 
 def test_an_ensemble():

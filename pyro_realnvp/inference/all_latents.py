@@ -2,13 +2,14 @@
 """What a guide of all latents of a model needs beside its distribution: their coordinates."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.contrib.forecast import ForecastingModel
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
@@ -88,10 +89,8 @@ class AllLatents(GuideBase, AutoContinuous):
         self.sites: dict[str, Site] = density.sites
         self.latent_dim: int = density.dim
         # A part of a list of guides cannot see what the other parts draw.
-        # A support that one of two branches of the model chooses has no graph, and other values at few points only.
-        steps = _FAR * torch.randn(_NUM_FAR, self.latent_dim, generator=torch.Generator().manual_seed(0))
         self._has_dynamic_supports = self.master is None and (
-            self._find_dynamic_supports(density) or any(self._find_dynamic_supports(density, step) for step in steps)
+            self._find_dynamic_supports(density) or self._find_dynamic_supports_far_away(density)
         )
         return density
 
@@ -126,17 +125,12 @@ class AllLatents(GuideBase, AutoContinuous):
         return density
 
     def _look_again(self, args: tuple, kwargs: dict) -> LogDensity:
+        if isinstance(self.plain_model, ForecastingModel):
+            # Pyro's Forecaster gives the guide the covariates of the future, for which it runs the model with handlers
+            # of its own.
+            args, kwargs = self._arguments or (args, kwargs)
         # What is no latent of the guide may be drawn here, such as the data in a prediction.
         values, latents = self._prototype_values(), list(self.sites)
-        own = are_same(self._arguments, (args, kwargs))
-        with nullcontext() if own else suppress(Exception):
-            density = LogDensity(self.plain_model, args, kwargs, values=values, latents=latents)
-            nodes = density.trace.nodes
-            if own or all(nodes[name]["fn"].shape() == nodes[name]["value"].shape for name in density.latents):
-                return density
-        # Pyro's Forecaster gives the guide the covariates of the future, for which it runs the model with handlers of
-        # its own. Whoever runs the model with arguments that are wrong gets its error.
-        args, kwargs = self._arguments
         return LogDensity(self.plain_model, args, kwargs, values=values, latents=latents)
 
     def _prototype_values(self) -> dict[str, Tensor]:
@@ -178,16 +172,22 @@ class AllLatents(GuideBase, AutoContinuous):
         with torch.enable_grad():
             start = self._init_loc().detach().requires_grad_()
             point = start + torch.as_tensor(step).to(start)
-            try:
-                trace, place = density.run(point, relative={})
-            except torch.linalg.LinAlgError:  # a point without density
-                return False
+            trace, place = density.run(point, relative={})
             values, _ = self._constrain_by_prototype(point)
             for name, site in self.sites.items():
                 at_fixed, _ = site.constrain(name, trace.nodes[name]["fn"], place.unconstrained[name].detach())
                 own = place.values[name].to(values[name])
                 if at_fixed.requires_grad or not torch.allclose(values[name], own, equal_nan=True):
                     return True
+        return False
+
+    def _find_dynamic_supports_far_away(self, density: LogDensity) -> bool:
+        """A support that one of two branches of the model chooses has no graph, and other values at few points only."""
+        with torch.random.fork_rng():
+            for step in _FAR * torch.randn(_NUM_FAR, self.latent_dim, generator=torch.Generator().manual_seed(0)):
+                with suppress(Exception):  # of a model that cannot be evaluated so far away
+                    if self._find_dynamic_supports(density, step):
+                        return True
         return False
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:

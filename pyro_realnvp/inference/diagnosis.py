@@ -10,10 +10,12 @@ import torch
 from pyro.distributions import Delta
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
-from .sites import counts
+from .relative import plain
+from .sites import counts, unconstraining
 from .traces import check_argument_names, model_of, run, values_of
 
 
@@ -152,11 +154,21 @@ def diagnose(
     )
 
 
+def _has_coordinates(name: str, fn: Distribution, value: Tensor) -> bool:
+    """Whether a site is continuous and has more than one possible value, unlike a simplex of one entry."""
+    if fn.support.is_discrete or isinstance(plain(fn), Delta):
+        return False
+    try:
+        return unconstraining(name, fn).inv(value).numel() > 0
+    except ValueError:  # a support without coordinates, such as that of definite matrices
+        return True
+
+
 def _refuse_point_masses(draws: dict[str, Tensor], density: LogDensity) -> None:
     for name, values in draws.items():
         site = density.trace.nodes.get(name)
-        is_continuous = name in density.latents and not (site["fn"].support.is_discrete or type(site["fn"]) is Delta)
-        if is_continuous and len(values) > 1 and counts(site) and (values == values[0]).all():
+        is_free = name in density.latents and counts(site) and _has_coordinates(name, site["fn"], site["value"])
+        if is_free and len(values) > 1 and (values == values[0]).all():
             raise ValueError(
                 f"the guide gives the site {name!r} the same value in all {len(values)} draws. A point estimate has no "
                 "density, and so no importance weights: diagnose a guide that spreads over the posterior, such as "

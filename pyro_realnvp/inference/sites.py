@@ -113,7 +113,8 @@ def find_sites(nodes: Mapping[str, dict[str, Any]], influence: dict[str, Tensor]
         mask = batch_mask(site)
         if mask is not None and influence is not None:
             found[name] = _masked(found[name].shape, mask, influence[name])
-    return {name: site for name, site in found.items() if site.size}
+    # A value without free coordinates, such as a simplex of one entry, is a latent all the same.
+    return {name: site for name, site in found.items() if site.size or (counts(nodes[name]) and not site.shape.numel())}
 
 
 def batch_mask(site: dict[str, Any]) -> Tensor | None:

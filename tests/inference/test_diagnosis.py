@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import fitted, table
-from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
+from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 from pyro.infer.importance import psis_diagnostic
 
 import pyro_realnvp as rn
@@ -103,11 +103,11 @@ def test_a_point_estimate_has_no_importance_weights():
 
     def with_a_constant():
         model()
-        pyro.sample("w", dist.Delta(torch.tensor(1.0)))
+        pyro.sample("w", dist.Delta(torch.ones(2)).to_event(1))
 
     def guide():
         pyro.sample("z", dist.Normal(0.0, 0.5**0.5))
-        pyro.sample("w", dist.Delta(torch.tensor(1.0)))
+        pyro.sample("w", dist.Delta(torch.ones(2)).to_event(1))
 
     for point in (AutoDelta(model), AutoLaplaceApproximation(model)):
         with pytest.raises(ValueError, match="the guide gives the site 'z' the same value in all 2000 draws"):
@@ -130,3 +130,21 @@ def test_all_rows_of_a_loop_that_shows_some_of_them(block):
     covariance = torch.eye(10) + torch.ones(10, 10)
     evidence = dist.MultivariateNormal(torch.zeros(10), covariance).log_prob(x).item()
     assert rn.diagnose(guide, num_samples=200).log_evidence == pytest.approx(evidence, abs=0.02)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, rn.AutoRealNVP])
+def test_a_site_with_one_possible_value(make):
+    """As the weights of a mixture of one component are, where evidences over the number of components are compared."""
+
+    def model():
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(1)))
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        with pyro.plate("rows", 5):
+            mixture = dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(loc, 1.0))
+            pyro.sample("x", mixture, obs=torch.arange(5.0))
+
+    guide = make(model)
+    rn.fit_guide(guide, num_steps=300, seed=0, progress=False)
+    covariance = torch.eye(5) + torch.ones(5, 5)
+    evidence = dist.MultivariateNormal(torch.zeros(5), covariance).log_prob(torch.arange(5.0)).item()
+    assert rn.diagnose(guide).log_evidence == pytest.approx(evidence, abs=0.2)

@@ -207,6 +207,16 @@ def test_a_support_that_a_comparison_of_latents_chooses(choose, is_dynamic):
     assert guide._has_dynamic_supports is is_dynamic
 
 
+def test_a_model_that_cannot_be_evaluated_far_away():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        if abs(a.item()) > 2:
+            raise ArithmeticError("underflow in dt")
+        pyro.sample("b", dist.Uniform(0.0, 1.0))
+
+    assert not rn.AutoRealNVP(model, warm_start=False).build()._has_dynamic_supports
+
+
 @pytest.mark.slow
 def test_a_support_that_depends_on_a_latent():
     guide = fitted(dynamic, num_steps=300)

@@ -93,6 +93,8 @@ def test_a_guide_without_arguments_takes_those_of_its_build():
 
     guide = rn.AutoRealNVP(model)
     guide(torch.zeros(3))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'hii'"):
+        guide(torch.zeros(3), hii=3.0)
     assert guide()["z"].shape == (3,)
     assert Predictive(guide, num_samples=4)()["z"].shape == (4, 3)
 
