@@ -6,6 +6,7 @@ import pickle
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as T
 import pytest
 import torch
 from helpers import make_flow, perturb, small, table
@@ -419,3 +420,28 @@ def test_samples_keep_off_the_bounds_of_a_logit():
     samples, log_p = flow().rsample_and_log_prob((1000,))
     assert ((samples > 0) & (samples < 1)).all()
     assert log_p.isfinite().all() and flow().log_prob(samples).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("last", "num_real"),
+    [
+        (lambda: T.CatTransform([T.ExpTransform(), T.SigmoidTransform()], -1, [1, 1]), 0),
+        (lambda: T.StackTransform([T.ExpTransform(), T.SigmoidTransform()], -1), 0),
+        (lambda: T.CatTransform([small(2), T.ExpTransform(), T.SigmoidTransform()], -1, [2, 1, 1]), 2),
+    ],
+)
+def test_joined_transforms_have_no_density_beyond_their_bounds(last, num_real):
+    flow = rn.Flow(rn.Compose([last()]), (2 + num_real,))
+    entries = torch.tensor([[0.5, 0.5], [-0.5, 0.5], [0.5, 2.5], [0.0, 0.5]])
+    value = torch.cat([torch.zeros(4, num_real), entries], -1).requires_grad_()
+    with pytest.raises(ValueError, match="within the support"):
+        flow().log_prob(value)
+    with pyro.validation_enabled(False):
+        log_p = flow().log_prob(value)
+    normal = dist.Normal(0.0, 1.0)
+    expected = normal.log_prob(torch.tensor(0.5).log()) + math.log(2) + normal.log_prob(torch.tensor(0.0)) + math.log(4)
+    torch.testing.assert_close(log_p[0], expected + num_real * normal.log_prob(torch.tensor(0.0)))
+    assert (log_p[1:] == -torch.inf).all()
+    log_p[0].backward()
+    assert value.grad.isfinite().all()
+    torch.testing.assert_close(flow.double()().log_prob(value[:1].double())[0], log_p[0].double())

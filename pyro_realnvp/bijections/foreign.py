@@ -104,7 +104,7 @@ class _JoinedEvents(Constraint):
     """The space of a CatTransform of transforms with events. Torch's cannot check it."""
 
     def __init__(self, cat: constraints.cat):
-        self.cat = cat
+        self.base_constraint = self.cat = cat
         self.event_dim = cat.event_dim
 
     def check(self, value: Tensor) -> Tensor:

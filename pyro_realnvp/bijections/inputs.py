@@ -113,9 +113,9 @@ def check_bounds(bijection: nn.Module, value: Tensor, domain: constraints.Constr
         return
     beyond = torch.zeros_like(value, dtype=torch.bool)
     if low is not None:
-        beyond |= value < low
+        beyond |= value < torch.as_tensor(low).to(value)
     if high is not None:
-        beyond |= value > high
+        beyond |= value > torch.as_tensor(high).to(value)
     if beyond.any():
         raise ValueError(
             f"{type(bijection).__name__} expected values in {of_entries(domain)}; got {int(beyond.sum())} of "

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Helpers for shapes: event axes, broadcasting with a context, and squeezing."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributions import constraints
@@ -82,7 +84,18 @@ def bounds(constraint: constraints.Constraint) -> tuple[Tensor | float | None, T
     constraint = of_entries(constraint)
     if isinstance(constraint, constraints.greater_than_eq):
         return None, None
+    if isinstance(constraint, (constraints.cat, constraints.stack)) and constraint.dim == -1:
+        sizes = getattr(constraint, "lengths", [1] * len(constraint.cseq))
+        lows, highs = zip(*map(bounds, constraint.cseq))
+        return _joined(lows, sizes, -torch.inf), _joined(highs, sizes, torch.inf)
     return getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+
+
+def _joined(parts: Sequence[Tensor | float | None], sizes: Sequence[int], default: float) -> Tensor | None:
+    if all(bound is None for bound in parts):
+        return None
+    bounds = (torch.as_tensor(default if bound is None else bound) for bound in parts)
+    return torch.cat([bound.expand(size) for bound, size in zip(bounds, sizes, strict=True)])
 
 
 def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor | None:
@@ -92,9 +105,9 @@ def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor
         return None
     inside = torch.ones_like(value, dtype=torch.bool)
     if low is not None:
-        inside &= value > low
+        inside &= value > torch.as_tensor(low).to(value)
     if high is not None:
-        inside &= value < high
+        inside &= value < torch.as_tensor(high).to(value)
     return inside
 
 

@@ -4,6 +4,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import reduce
+from typing import Any
 
 import torch
 from pyro.distributions import ExpandedDistribution, MaskedDistribution, MaskedMixture
@@ -47,11 +48,23 @@ def apply_validity(trace: Trace, names: Iterable[str]) -> None:
         site = trace.nodes.get(name)
         valid = None if site is None else _valid(site["fn"], site["value"])
         if valid is not None:
-            log_p = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_p = _log_prob(site)
             log_p = torch.where(_within(valid, log_p.shape), log_p, -torch.inf)
             site["unscaled_log_prob"] = log_p
             site["log_prob"] = scale_and_mask(log_p, site["scale"], site["mask"])
             site["log_prob_sum"] = site["log_prob"].sum()
+
+
+def _log_prob(site: dict[str, Any]) -> Tensor:
+    fn, value = site["fn"], site["value"]
+    if isinstance(fn, MixtureSameFamily):
+        components, value = fn.component_distribution, fn._pad(value)
+        valid = _valid_value(components, value)
+        if valid is not None:  # torch adds the formulas of all components, also of those that have no density there
+            log_p = components.log_prob(value)
+            log_p = torch.where(valid, log_p, torch.finfo(log_p.dtype).min)
+            return (log_p + fn.mixture_distribution.logits.log_softmax(-1)).logsumexp(-1)
+    return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
 
 
 def _valid(fn: Distribution, value: Tensor) -> Tensor | None:

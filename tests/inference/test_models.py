@@ -983,6 +983,28 @@ def test_a_one_hot_site_is_summed_over():
     torch.testing.assert_close(LogDensity(model, values=guide()).one({"locs": point}), expected)
 
 
+def test_components_beyond_their_supports_leave_the_mixture():
+    lows, x, logits = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.5, 0.5]), torch.tensor([0.3, 0.7]).log()
+
+    def model(count):
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        pareto = dist.Pareto(lows, 3.0 + 0 * s)
+        mixture = dist.MixtureSameFamily(dist.Categorical(logits=logits), pareto, validate_args=None)
+        with pyro.plate("n", count):
+            pyro.sample("x", mixture, obs=x[:count])
+
+    formulas = dist.Pareto(lows, 3.0, validate_args=False).log_prob(x[:, None]) + logits
+    expected = torch.stack([formulas[0, 0], formulas[1].logsumexp(0)]).sum() + dist.Normal(0.0, 1.0).log_prob(
+        torch.zeros(())
+    )
+    s = torch.zeros((), requires_grad=True)
+    log_p = LogDensity(model, (2,), values={"s": s}).one({"s": s})
+    torch.testing.assert_close(log_p, expected)
+    log_p.backward()
+    assert s.grad.isfinite()
+    assert LogDensity(model, (3,), values={"s": s}).one({"s": s}) == -torch.inf
+
+
 def test_a_state_with_invalid_values_leaves_the_sum():
     """In the first state the observation is outside of the support, so that the second one has all of the density."""
 
