@@ -104,12 +104,12 @@ class _JoinedEvents(Constraint):
     """The space of a CatTransform of transforms with events. Torch's cannot check it."""
 
     def __init__(self, cat: constraints.cat):
-        self.base_constraint = self.cat = cat
+        self.base_constraint = cat
         self.event_dim = cat.event_dim
 
     def check(self, value: Tensor) -> Tensor:
-        dim = self.cat.dim % value.dim() - value.dim()
-        parts = zip(self.cat.cseq, value.split(self.cat.lengths, dim), strict=True)
+        dim = self.base_constraint.dim % value.dim() - value.dim()
+        parts = zip(self.base_constraint.cseq, value.split(self.base_constraint.lengths, dim), strict=True)
         batch_dim = value.dim() - self.event_dim
         checks = [space.check(part) for space, part in parts]
         checks = [check.flatten(batch_dim).all(-1) if check.dim() > batch_dim else check for check in checks]

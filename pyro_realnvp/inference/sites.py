@@ -151,10 +151,7 @@ def unconstraining(name: str, fn: Distribution) -> Transform:
             kind = type(plain(fn)).__name__
             remedy = f"draw the site from a Categorical, since {kind} has no finite support, and {remedy}"
         raise ValueError(f"the latent site {name!r} is discrete, and a guide has continuous latents only: {remedy}")
-    inner = support
-    while hasattr(inner, "base_constraint"):
-        inner = inner.base_constraint
-    if inner in (constraints.symmetric, constraints.positive_definite, constraints.positive_semidefinite):
+    if of_entries(support) in (constraints.symmetric, constraints.positive_definite, constraints.positive_semidefinite):
         raise ValueError(
             f"the latent site {name!r} is a symmetric matrix, whose entries are no free coordinates: draw its Cholesky "
             "factor instead, such as a LKJCholesky site times a scale for each row"

@@ -124,11 +124,10 @@ def _where_counted(fn: MaskedDistribution, valid: Tensor | None) -> Tensor | Non
 
 def _chosen(fn: MaskedMixture, valid0: Tensor | None, valid1: Tensor | None) -> Tensor | None:
     """The answer of the component that each element takes."""
-    return (
-        None
-        if valid0 is valid1 is None
-        else torch.where(fn.mask, *(torch.ones_like(fn.mask) if valid is None else valid for valid in (valid1, valid0)))
-    )
+    if valid0 is None and valid1 is None:
+        return None
+    everywhere = torch.ones_like(fn.mask)
+    return torch.where(fn.mask, everywhere if valid1 is None else valid1, everywhere if valid0 is None else valid0)
 
 
 def _both(valid: Tensor | None, other: Tensor | None) -> Tensor | None:
