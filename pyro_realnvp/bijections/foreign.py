@@ -3,13 +3,12 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from pyro.distributions import TransformModule
 from pyro.distributions.transforms import ELUTransform
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import AffineTransform, CatTransform, StackTransform, Transform
 
@@ -24,6 +23,10 @@ class Foreign(Bijection):
     def __init__(self, transform: Transform):
         super().__init__((None,) * transform.domain.event_dim)
         self.transform = transform
+        self._held: list[tuple[object, str, str]] = list(_held_parameters(transform, "transform"))
+        """Where a transform that is no module holds parameters of this module: an object, its attribute, our name."""
+        for holder, attribute, name in self._held:
+            self.register_parameter(name, getattr(holder, attribute))
         if isinstance(transform, (CatTransform, StackTransform)):
             self.parts: nn.ModuleList = nn.ModuleList(transform.transforms)
         self.elementwise: bool = not self.event_shape
@@ -36,22 +39,30 @@ class Foreign(Bijection):
 
     @property
     def sign(self) -> int | Tensor:
-        return self.transform.sign
+        return self._current().sign
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _drop_cache(self.transform)  # The cache may be stale.
-        y = self.transform(x)
+        transform = self._current()
+        _drop_cache(transform)  # The cache may be stale.
+        y = transform(x)
         ladj = self._log_det(x, y)
         # A filled cache would keep the graph alive, and the transform could not be copied.
-        _drop_cache(self.transform)
+        _drop_cache(transform)
         return y, ladj
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _drop_cache(self.transform)
-        x = self.transform.inv(y)
+        transform = self._current()
+        _drop_cache(transform)
+        x = transform.inv(y)
         ladj = -self._log_det(x, y)
-        _drop_cache(self.transform)
+        _drop_cache(transform)
         return x, ladj
+
+    def _current(self) -> Transform:
+        """The transform, with the parameters that this module has now: `functional_call` replaces them."""
+        for holder, attribute, name in self._held:
+            setattr(holder, attribute, getattr(self, name))
+        return self.transform
 
     def _log_det(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det dy/dx| of each event, where torch's own is wrong, too.
@@ -95,9 +106,16 @@ def adopted(transform: Transform, adopt: Callable[[Transform], Bijection]) -> Fo
                 "expected a StackTransform of elementwise transforms; got one of transforms with events, for which "
                 "torch's log-determinant is wrong: use CatTransform"
             )
-    if type(transform) is AffineTransform and nn.Parameter in map(type, (transform.loc, transform.scale)):
-        transform = AffineTransformModule(transform.loc, transform.scale, transform.event_dim)
     return Foreign(transform)
+
+
+def _held_parameters(holder: object, path: str) -> Iterator[tuple[object, str, str]]:
+    """Where a transform, and the transforms and distributions in it, have parameters as plain attributes."""
+    for name, value in own_attributes(holder).items():
+        if isinstance(value, nn.Parameter):
+            yield holder, name, f"{path}_{name}"
+        elif isinstance(value, (Transform, Distribution)):
+            yield from _held_parameters(value, f"{path}_{name}")
 
 
 class _JoinedEvents(Constraint):
@@ -116,12 +134,10 @@ class _JoinedEvents(Constraint):
         return torch.stack(checks).all(0) if dim >= -self.event_dim else torch.cat(checks, dim + self.event_dim)
 
 
-class AffineTransformModule(AffineTransform, TransformModule):
-    __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__
-
-
 def _describe(value: object) -> str:
-    """The class and the plain options of a transform and of its parts."""
+    """The class and the plain options of a transform and of its parts, such as the distribution whose cdf it is."""
+    if isinstance(value, nn.Parameter):  # of which the state_dict holds the values
+        return f"Parameter({tuple(value.shape)})"
     if isinstance(value, Tensor):
         values = value.detach().double().cpu().contiguous().numpy()
         return f"{tuple(value.shape)} with checksum {zlib.crc32(values.tobytes())}"
@@ -129,15 +145,15 @@ def _describe(value: object) -> str:
         return f"[{', '.join(map(_describe, value))}]"
     if isinstance(value, Bijection):
         return value.architecture_repr()
-    if not isinstance(value, Transform):
+    if not isinstance(value, (Transform, Distribution)):
         return repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
     parts = own_attributes(value) | (value._modules if isinstance(value, nn.Module) else {})
-    kinds = (bool, int, float, str, list, tuple, Transform, Tensor)
+    kinds = (bool, int, float, str, list, tuple, Transform, Distribution, Tensor)
     options = {
         name: part
         for name, part in parts.items()
         # A lazy property, whose value is there only once it has been used, is an attribute of the class.
-        if isinstance(part, kinds) and not hasattr(type(value), name) and name != "training"
+        if isinstance(part, kinds) and not hasattr(type(value), name) and name not in ("training", "_validate_args")
     }
     return f"{type(value).__name__}({', '.join(f'{name}={_describe(part)}' for name, part in options.items())})"
 

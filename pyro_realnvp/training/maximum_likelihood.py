@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint
 from .held_out import EXTREME, HeldOutLoss
 from .history import Callback, History
 from .loop import Training
-from .objective import Objective, log_likelihood
+from .objective import Objective, log_likelihood, refuse_unknown_parameters
 from .options import LoopOptions, plain
 from .rows import Batch
 from .start import start
@@ -124,7 +124,8 @@ def fit(
         TypeError: The data are not floating-point or not of the flow's dtype, or ``flow`` is a bijection.
         ValueError: The rows do not have the flow's event shape, contain nan or inf, have a constant column, or are
             fewer than two or than a batch; contexts or weights do not match the rows; no row is left to train on or to
-            hold out; an option is out of range; or the checkpoint belongs to another training or architecture.
+            hold out; the loss has parameters that ``flow.parameters()`` lacks; an option is out of range; or the
+            checkpoint belongs to another training or architecture.
         RuntimeError: The checkpoint is damaged, or it cannot be written; the flow has the best weights so far. Or
             gradients are disabled.
 
@@ -199,7 +200,10 @@ def fit(
                 )
         if any(bijection.needs_data for bijection in bijections):
             _initialize(flow, batch)
-        return objective(*batch)
+        loss = objective(*batch)
+        if training.step == 0:
+            refuse_unknown_parameters(loss, flow)
+        return loss
 
     validate = None if held_out is None else HeldOutLoss(flow, held_out)
     with _tensor_float(tf32):

@@ -22,6 +22,28 @@ def log_likelihood(flow: nn.Module, batch: Batch) -> Tensor:
     return log_prob
 
 
+def refuse_unknown_parameters(loss: Tensor, flow: nn.Module) -> None:
+    """Raises an error if the gradient of a loss reaches parameters that the flow does not list, so that none trains them.
+
+    A plain function or object in the flow may hold them, such as `lambda: Normal(loc, 1.0)` as a base.
+    """
+    known = set(map(id, flow.parameters()))
+    met, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        stack += [before for before, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            raise ValueError(
+                f"expected all that trains to be in flow.parameters(); got a parameter of shape {tuple(leaf.shape)} "
+                "which is not there, so that no step would change it and no file would hold it: make it an attribute "
+                "of a module of the flow, such as Base(...), or detach it"
+            )
+
+
 class Objective(nn.Module):
     """The weighted mean negative log-likelihood of a batch: a module, so that ``DistributedDataParallel`` can wrap it.
 

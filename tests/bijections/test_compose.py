@@ -79,6 +79,10 @@ def log_dets(f, x):
     return torch.stack([torch.autograd.functional.jacobian(f, row).flatten(0, -2).slogdet()[1] for row in x])
 
 
+def _cdf(loc, scale):
+    return T.CumulativeDistributionTransform(torch.distributions.Normal(loc, scale))
+
+
 SHEAR = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
 
 
@@ -108,6 +112,9 @@ SHEAR = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
             ),
             3,
         ),
+        (lambda: T.LowerCholeskyAffine(nn.Parameter(torch.zeros(4)), torch.eye(4).double()), 1),
+        (lambda: T.ComposeTransform([T.ExpTransform(), T.PowerTransform(nn.Parameter(torch.tensor(2.0)))]), 1),
+        (lambda: _cdf(nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(4))), 2),
     ],
 )
 @pytest.mark.parametrize("inverted", [False, True])

@@ -43,6 +43,15 @@ def on_bounds():
     return x
 
 
+def base_with_hidden_parameters(loc=nn.Parameter(torch.zeros(2))):
+    return dist.Normal(loc, 1.0).to_event(1)
+
+
+def hidden_scale():
+    scale = torch.distributions.Normal(torch.zeros(2), nn.Parameter(torch.ones(())))  # which expands the parameter
+    return rn.Compose([rn.real_nvp(2), torch.distributions.transforms.CumulativeDistributionTransform(scale).inv])
+
+
 class Entries(nn.Module):
     def __init__(self):
         super().__init__()
@@ -68,6 +77,16 @@ class Table:
 @table(
     ("call", "error", "message"),
     {
+        "parameters that a function holds": (
+            lambda: run(rn.Flow(rn.real_nvp(2), base=base_with_hidden_parameters), torch.randn(64, 2)),
+            ValueError,
+            r"a parameter of shape \(2,\) .* make it an attribute",
+        ),
+        "parameters that a distribution expands": (
+            lambda: run(rn.Flow(hidden_scale()), torch.randn(64, 2)),
+            ValueError,
+            r"a parameter of shape \(\) .* make it an attribute",
+        ),
         "floats as levels": (
             lambda: run(images_flow(), torch.rand(64, 1, 4, 4)),
             TypeError,
