@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from pyro.ops.stats import fit_generalized_pareto
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution
 
+from .base import GuideBase
 from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
 from .relative import plain
-from .sites import counts, unconstraining
+from .sites import batch_mask, counts, unconstraining
 from .traces import check_argument_names, model_of, run, values_of
 
 
@@ -101,10 +103,10 @@ def diagnose(
         memory: the bytes that one evaluation of many draws may take.
 
     Raises:
-        ValueError: the model and the guide have different latent sites; the guide gives a continuous site one value
-            only, as :class:`~pyro.infer.autoguide.AutoDelta` does; a weight is nan; the log-density of a draw
-            depends on other draws or on random numbers that are no sites; an argument of the model has the name of an
-            option of this function.
+        ValueError: the model and the guide have different latent sites; the guide gives an entry of a continuous site
+            one value only, as :class:`~pyro.infer.autoguide.AutoDelta` does, or one that others determine; a weight is
+            nan; the log-density of a draw depends on other draws or on random numbers that are no sites; an argument of
+            the model has the name of an option of this function.
 
     Example:
         >>> import pyro
@@ -131,9 +133,12 @@ def diagnose(
             f"{sorted(density.plates)}: diagnose the guide with a model and plates without subsample_size"
         )
     # The weights are those of the whole data, so plates that draw subsamples must show all rows.
+    if num_samples < 2:
+        raise ValueError(f"expected num_samples >= 2; got {num_samples}")
     points, weights = particles.log_weights(num_samples, density.passes(most=None))
     draws = particles.values(points)
-    _refuse_point_masses(draws, density)
+    if not isinstance(guide, GuideBase):
+        _refuse_point_masses(draws, density, guide_trace)
     weights = weights.double()
     if weights.isnan().any() or not weights.isfinite().any():
         raise ValueError(
@@ -154,26 +159,50 @@ def diagnose(
     )
 
 
-def _has_coordinates(name: str, fn: Distribution, value: Tensor) -> bool:
-    """Whether a site is continuous and has more than one possible value, unlike a simplex of one entry."""
+def _coordinates(site: dict[str, Any], values: Tensor) -> Tensor | None:
+    """The unconstrained coordinates of N values of a site; None if it is discrete or has only one possible value."""
+    fn = site["fn"]
     if fn.support.is_discrete or isinstance(plain(fn), Delta):
-        return False
+        return None
     try:
-        return unconstraining(name, fn).inv(value).numel() > 0
+        return unconstraining(site["name"], fn).inv(values)
     except ValueError:  # a support without coordinates, such as that of definite matrices
-        return True
+        return values
 
 
-def _refuse_point_masses(draws: dict[str, Tensor], density: LogDensity) -> None:
+def _refuse_point_masses(draws: dict[str, Tensor], density: LogDensity, guide_trace: Trace) -> None:
+    remedy = (
+        "A point estimate has no density, and so no importance weights: diagnose a guide that spreads over the "
+        "posterior, such as AutoRealNVP or the result of laplace_approximation()"
+    )
+    num_needed = 0
     for name, values in draws.items():
         site = density.trace.nodes.get(name)
-        is_free = name in density.latents and counts(site) and _has_coordinates(name, site["fn"], site["value"])
-        if is_free and len(values) > 1 and (values == values[0]).all():
+        coordinates = _coordinates(site, values) if name in density.latents and counts(site) else None
+        if coordinates is None or not coordinates.numel():
+            continue
+        constant = (coordinates == coordinates[0]).all(0)
+        mask = batch_mask(site)
+        if mask is not None:  # of entries that are masked a guide may say anything
+            constant = constant[mask]
+        num_needed += constant.numel()
+        if len(values) > 1 and constant.any():
             raise ValueError(
-                f"the guide gives the site {name!r} the same value in all {len(values)} draws. A point estimate has no "
-                "density, and so no importance weights: diagnose a guide that spreads over the posterior, such as "
-                "AutoRealNVP or the result of laplace_approximation()"
+                f"the guide gives {'the' if constant.all() else 'an entry of the'} site {name!r} the same value in all "
+                f"{len(values)} draws. {remedy}"
             )
+    sites = [s for s in guide_trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
+    fns = [plain(site["fn"]) for site in sites]
+    # A factor, or the log-density of a Delta, may be that of draws which are no sites.
+    if any(isinstance(fn, Unit) or (isinstance(fn, Delta) and fn.log_density.any()) for fn in fns):
+        return
+    drawn = [_coordinates(site, site["value"][None]) for site in sites if not site["is_observed"]]
+    num_drawn = sum(coordinates.numel() for coordinates in drawn if coordinates is not None)
+    if num_drawn < num_needed:
+        raise ValueError(
+            f"the latent sites have {num_needed} coordinates, and the guide draws only {num_drawn}; the others are "
+            f"functions of these. {remedy}"
+        )
 
 
 def _pareto_k(log_weights: Tensor) -> float:

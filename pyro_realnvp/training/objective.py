@@ -23,7 +23,7 @@ def log_likelihood(flow: nn.Module, batch: Batch) -> Tensor:
 
 
 def refuse_unknown_parameters(loss: Tensor, flow: nn.Module) -> None:
-    """Raises an error if the gradient of a loss reaches parameters that the flow does not list, so that none trains them.
+    """Raises an error if a loss has parameters that the flow does not list, so that no step would change them.
 
     A plain function or object in the flow may hold them, such as `lambda: Normal(loc, 1.0)` as a base.
     """

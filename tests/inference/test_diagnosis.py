@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -114,6 +116,32 @@ def test_a_point_estimate_has_no_importance_weights():
             rn.diagnose(point)
     evidence = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(0.0)).item()
     assert rn.diagnose(guide, model=with_a_constant).log_evidence == pytest.approx(evidence, abs=1e-5)
+
+
+def test_a_point_mass_in_a_part_of_the_latents():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.sample("s", dist.Normal(z.sum(), 1.0))
+
+    def one_entry():
+        draw = pyro.sample("draw", dist.Normal(0.0, 1.0).expand([2]), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(torch.stack([draw[0], torch.tensor(0.3)])).to_event(1))
+        pyro.sample("s", dist.Normal(0.0, 2.0))
+
+    def determined(log_density):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        draw = dist.Normal(0.0, 2.0).rsample()
+        s = z.sum() + (draw if log_density else 0.0)
+        pyro.sample("s", dist.Delta(s, log_density=dist.Normal(z.sum(), 2.0).log_prob(s) if log_density else 0.0))
+
+    with pytest.raises(ValueError, match="gives an entry of the site 'z' the same value in all 100 draws"):
+        rn.diagnose(one_entry, model=model, num_samples=100)
+    with pytest.raises(ValueError, match="have 3 coordinates, and the guide draws only 2; the others are functions"):
+        rn.diagnose(partial(determined, False), model=model, num_samples=100)
+    report = rn.diagnose(partial(determined, True), model=model)
+    assert abs(report.log_evidence) < 4 * report.log_evidence_error
+    with pytest.raises(ValueError, match="expected num_samples >= 2; got 1"):
+        rn.diagnose(partial(determined, True), model=model, num_samples=1)
 
 
 @pytest.mark.parametrize("block", [2, 3, 4, 7])

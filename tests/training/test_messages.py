@@ -43,13 +43,14 @@ def on_bounds():
     return x
 
 
-def base_with_hidden_parameters(loc=nn.Parameter(torch.zeros(2))):
-    return dist.Normal(loc, 1.0).to_event(1)
+def flow_with_hidden_location():
+    loc = nn.Parameter(torch.zeros(2))
+    return rn.Flow(rn.real_nvp(2), base=lambda: dist.Normal(loc, 1.0).to_event(1))
 
 
-def hidden_scale():
-    scale = torch.distributions.Normal(torch.zeros(2), nn.Parameter(torch.ones(())))  # which expands the parameter
-    return rn.Compose([rn.real_nvp(2), torch.distributions.transforms.CumulativeDistributionTransform(scale).inv])
+def flow_with_hidden_scale():
+    normal = dist.Normal(torch.zeros(2), nn.Parameter(torch.ones(())))  # which expands the parameter
+    return rn.Flow(rn.Compose([rn.real_nvp(2), dist.transforms.CumulativeDistributionTransform(normal).inv]))
 
 
 class Entries(nn.Module):
@@ -78,12 +79,12 @@ class Table:
     ("call", "error", "message"),
     {
         "parameters that a function holds": (
-            lambda: run(rn.Flow(rn.real_nvp(2), base=base_with_hidden_parameters), torch.randn(64, 2)),
+            lambda: run(flow_with_hidden_location(), torch.randn(64, 2)),
             ValueError,
             r"a parameter of shape \(2,\) .* make it an attribute",
         ),
         "parameters that a distribution expands": (
-            lambda: run(rn.Flow(hidden_scale()), torch.randn(64, 2)),
+            lambda: run(flow_with_hidden_scale(), torch.randn(64, 2)),
             ValueError,
             r"a parameter of shape \(\) .* make it an attribute",
         ),
