@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Transform, VonMises, biject_to, co
 
 from ..bijections.shapes import bounds, of_entries, sum_events
 from .relative import Relative, plain
+from .subsampling import draws_rows
 
 
 class Site(NamedTuple):
@@ -232,6 +233,11 @@ class Place(Rows):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         super()._pyro_sample(msg)
         name = msg["name"]
+        if self.rows and msg["value"] is None and draws_rows(msg):
+            raise ValueError(
+                f"the plate {name!r} draws a subsample, but was not there in the first run of the model: inside of a "
+                "loop over a subsample, whose plates change with its rows, let all other plates show all of theirs"
+            )
         if msg["value"] is not None or msg["is_observed"]:
             return
         if name in self.parts:

@@ -160,6 +160,19 @@ def test_all_rows_of_a_loop_that_shows_some_of_them(block):
     assert rn.diagnose(guide, num_samples=200).log_evidence == pytest.approx(evidence, abs=0.02)
 
 
+def test_a_subsampled_plate_inside_of_a_loop_over_a_subsample():
+    x = torch.linspace(-1.0, 3.0, 24).reshape(4, 6)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for group in pyro.plate("groups", 4, subsample_size=2):
+            with pyro.plate(f"rows{group}", 6, subsample_size=3) as rows:
+                pyro.sample(f"x{group}", dist.Normal(z, 1.0), obs=x[group, rows])
+
+    with pytest.raises(ValueError, match=r"plate 'rows\d' draws a subsample.* let all other plates show all"):
+        rn.diagnose(rn.AutoRealNVP(model, num_couplings=2), num_samples=200)
+
+
 @pytest.mark.parametrize("make", [AutoNormal, rn.AutoRealNVP])
 def test_a_site_with_one_possible_value(make):
     """As the weights of a mixture of one component are, where evidences over the number of components are compared."""
