@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base distributions as modules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import pyro.distributions as dist
@@ -43,6 +43,11 @@ class Base(nn.Module):
         self.distribution = distribution
         self.names: tuple[str, ...] = tuple(parameters)
         self.learnable = learnable
+        if learnable and not isinstance(distribution.arg_constraints, Mapping):
+            raise ValueError(
+                f"the parameters of {distribution.__name__} constrain each other, so they cannot be learned one "
+                "by one: use learnable=False"
+            )
         distribution(**parameters, validate_args=True)  # raises an error if the parameters are invalid
         for name, value in parameters.items():
             if not isinstance(value, Tensor):

@@ -202,6 +202,10 @@ def test_a_context_that_chooses_the_piece():
             lambda: rn.MixtureBase(1, num_components=2).start_at(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1)),
             r"got \(1,\), \(1, 1\), \(1, 1, 1\)",
         ),
+        "bounds that constrain each other": (
+            lambda: rn.Base(dist.Uniform, low=torch.zeros(2), high=torch.ones(2), learnable=True),
+            "the parameters of Uniform constrain each other",
+        ),
         "full": (
             lambda: rn.MixtureBase(2, num_components=3, full=False).start_at(*three_normals()),
             "diagonal if the base has full=False",

@@ -181,6 +181,12 @@ class Bijection(TransformModule):
             method = getattr(type(self), name).__get__(self)
             self.__dict__[name] = torch.compile(method, fullgraph=True, **options)
 
+    def _replicate_for_data_parallel(self) -> "Bijection":
+        # A shallow copy would share the memory, and the view of the inverse with the parameters of another device.
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__ |= {"_inv": None, "_memo": Memo()}
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         forget_param_store(self.parameters())
         state = super().__getstate__() | {"_inv": None, "_memo": Memo()}

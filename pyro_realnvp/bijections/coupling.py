@@ -98,6 +98,7 @@ class Coupling(Bijection):
         """Returns the conditioner's output as :attr:`outputs_per_entry` tensors of the shape of the changed entries.
 
         Raises:
+            TypeError: the conditioner returns something else than a tensor.
             ValueError: the conditioner returns an output of another shape.
         """
         mask, conditioner = self._modules["mask"], self._modules["conditioner"]  # a third of the time of `self.mask`
@@ -107,6 +108,11 @@ class Coupling(Bijection):
             kept = kept.reshape(batch_shape.numel(), *event_shape)
             context = None if context is None else context.expand(*batch_shape, -1).reshape(-1, context.shape[-1])
         out = conditioner(kept) if context is None else conditioner(kept, context)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} expected one tensor from its conditioner, with the {self.outputs_per_entry} "
+                f"parameters along one axis; got {type(out).__name__}: join the outputs with torch.cat"
+            )
         expected, got = (mask.num_changed * self.outputs_per_entry, *event_shape[1:]), out.shape[-event_dim:]
         if got != expected:
             raise ValueError(

@@ -2,10 +2,11 @@
 """The factoring out of entries: a part of the event becomes latent early, and a bijection transforms the rest."""
 
 from torch import Tensor
+from torch.distributions import constraints
 
 from .bijection import Bijection
 from .masks import Mask
-from .shapes import broadcast_batch
+from .shapes import broadcast_batch, of_entries
 
 
 class FactorOut(Bijection):
@@ -26,7 +27,7 @@ class FactorOut(Bijection):
 
     Raises:
         TypeError: the mask is not a :class:`Mask`, or f is not a :class:`Bijection`.
-        ValueError: f does not fit the entries that go on.
+        ValueError: f does not fit the entries that go on, or is not defined on all real numbers and onto them.
 
     Example:
         >>> import torch
@@ -46,6 +47,11 @@ class FactorOut(Bijection):
             raise ValueError(
                 f"expected a bijection of the {mask.num_changed} entries that go on, with {mask.event_dim} event axes; "
                 f"got one of event shape {bijection.event_shape}: build it for these entries"
+            )
+        if any(of_entries(space) is not constraints.real for space in (bijection.domain, bijection.codomain)):
+            raise ValueError(
+                f"expected a bijection of real numbers; got one from {bijection.domain} to {bijection.codomain}: put "
+                "such a map before or after the layers, or use CatTransform"
             )
         self.mask = mask
         self.bijection = bijection

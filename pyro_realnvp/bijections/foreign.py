@@ -10,7 +10,7 @@ from pyro.distributions.transforms import ELUTransform
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import AffineTransform, CatTransform, StackTransform, Transform
+from torch.distributions.transforms import AffineTransform, CatTransform, ReshapeTransform, StackTransform, Transform
 
 from .bijection import Bijection
 from .memo import own_attributes
@@ -82,6 +82,12 @@ class Foreign(Bijection):
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size(self.transform.inverse_shape(shape))
+
+    def changed_entries(self, changed: Tensor, *, forward: bool = True) -> Tensor:
+        shape = (self.forward_shape if forward else self.inverse_shape)(changed.shape)
+        if type(self.transform) is ReshapeTransform:
+            return changed.reshape(shape)
+        return super().changed_entries(changed if shape == changed.shape else changed.new_ones(shape), forward=forward)
 
     def architecture_repr(self) -> str:
         """The options of the transform, which no state_dict holds."""

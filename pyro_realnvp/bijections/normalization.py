@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .bijection import Bijection
 from .elementwise import column_statistics
 from .inputs import check_event_shape, check_tensor
+from .modes import is_eager
 from .shapes import along_channels, channel_events, positions
 
 
@@ -175,11 +176,16 @@ class BatchNorm(_Normalization):
         mean, variance = self.mean, self.variance
         if self._is_training_batch(x):
             rows = self._rows(x)
-            mean = mean.lerp(rows.mean(0), 1 - self.momentum)
-            variance = variance.lerp(rows.var(0) + self.eps, 1 - self.momentum)
+            mean, variance = self._moved(mean, rows.mean(0)), self._moved(variance, rows.var(0) + self.eps)
             self._remember(mean.detach(), variance.detach())
         y = (x - self._along(mean)) * self._along(variance.rsqrt())
         return y, self._expand(-0.5 * variance.log().sum(), x)
+
+    def _moved(self, average: Tensor, of_batch: Tensor) -> Tensor:
+        # Within a backward pass a checkpoint evaluates a batch again, towards which the averages have moved already.
+        if is_eager() and torch._C._current_graph_task_id() != -1:
+            return average + (1 - self.momentum) * (of_batch - of_batch.detach())
+        return average.lerp(of_batch, 1 - self.momentum)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:

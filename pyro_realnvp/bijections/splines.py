@@ -200,7 +200,7 @@ class Spline(Bijection):
 
     def _spline(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         x = broadcast_batch(x, context)
-        raw = self.raw if context is None else self.conditioner(context).unflatten(-1, (x.shape[-1], -1))
+        raw = self.raw if context is None else self.conditioner(context).unflatten(-1, (x.shape[-1], -1)).to(x.dtype)
         raw = raw.expand(x.shape + raw.shape[-1:])
         y, log_slope = rational_quadratic(x, raw, self.bound, self.max_log_scale, inverse=inverse)
         return y, -log_slope.sum(-1) if inverse else log_slope.sum(-1)

@@ -292,12 +292,14 @@ def interpolate(
     event_axes = tuple(range(-len(flow.event_shape), 0))
     z0, z1 = (bijection.inv(image) for image in (start, end))
     norms = [torch.linalg.vector_norm(z, dim=event_axes, keepdim=True) for z in (z0, z1)]
-    angle = torch.acos(((z0 * z1).sum(event_axes, keepdim=True) / (norms[0] * norms[1])).clamp(-1, 1))
+    product = norms[0] * norms[1]
+    cosine = (z0 * z1).sum(event_axes, keepdim=True) / torch.where(product > 0, product, 1.0)
+    angle = torch.acos(cosine.clamp(-1, 1))
     t = torch.linspace(0, 1, num_steps, dtype=z0.dtype, device=z0.device).reshape(-1, *(1,) * z0.dim())
-    # Where the angle is small, sin(angle) is close to zero and the arc close to a straight line, so the weights are the
-    # linear ones. The inner where keeps the division finite in the branch that the outer one discards.
-    small = angle < 1e-3
-    weights = [
-        torch.where(small, s, torch.sin(s * angle) / torch.sin(torch.where(small, 1.0, angle))) for s in (1 - t, t)
-    ]
+    # Where the angle is small, the arc is close to a straight line; between opposite ends and from the origin there is
+    # no arc. So the weights are the linear ones. The inner where keeps the division finite in the branch that the outer
+    # one discards.
+    straight = (torch.sin(angle) < 1e-3) | (product == 0)
+    sine = torch.sin(torch.where(straight, 1.0, angle))
+    weights = [torch.where(straight, s, torch.sin(s * angle) / sine) for s in (1 - t, t)]
     return bijection(weights[0] * z0 + weights[1] * z1)

@@ -22,6 +22,16 @@ def test_a_context_passes_by_what_takes_none():
     assert d.batch_shape == (5,) and d.log_prob(d.sample()).shape == (5,)
 
 
+def test_the_inverse_of_a_replica_is_its_own():
+    """As DataParallel makes them: a shallow copy, whose parameters are those of another device."""
+    f = perturb(rn.real_nvp(2))
+    x = f.inv(torch.ones(2))
+    replica = f._replicate_for_data_parallel()
+    replica.parts = perturb(rn.real_nvp(2)).parts
+    assert replica.inv.bijection is replica and f.inv.bijection is f
+    torch.testing.assert_close(replica.inv(replica(x)), x)
+
+
 def test_all_of_pyros_ways_to_pass_a_context():
     """An idiom of Pyro's users, and its two classes, with bijections and transforms that do and do not take one."""
     base, c = dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.randn(5, 3)

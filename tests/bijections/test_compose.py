@@ -267,3 +267,33 @@ def test_a_stack_may_leave_entries_unchanged_if_it_is_said_to():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "space"),
+    [
+        (
+            lambda: rn.Compose([T.ReshapeTransform((2, 2), (4,)), rn.real_nvp(4), T.ReshapeTransform((4,), (2, 2))]),
+            dist.Normal(0.0, 1.0).expand([2, 2]),
+        ),
+        (
+            lambda: rn.Compose([rn.real_nvp(4), T.ReshapeTransform((4,), (1, 2, 2)), rn.ActNorm(1, event_dim=3)]),
+            dist.Normal(0.0, 1.0).expand([4]),
+        ),
+        (
+            lambda: rn.Compose([T.StickBreakingTransform().inv, rn.real_nvp(3), T.StickBreakingTransform()]),
+            dist.Dirichlet(torch.ones(4)),
+        ),
+    ],
+)
+def test_transforms_that_change_the_shape_before_and_after_couplings(make, space):
+    f, x = perturb(make()).double().eval(), space.sample((5,)).double()
+    torch.testing.assert_close(f.inv(f(x)), x, atol=1e-5, rtol=1e-5)
+
+
+def test_unchanged_entries_are_seen_through_a_reshape():
+    mask = masks.half(4)
+    couplings = [rn.AffineCoupling(mask, rn.MLP(2, 4)), T.ReshapeTransform((4,), (2, 2))]
+    couplings += [T.ReshapeTransform((2, 2), (4,)), rn.AffineCoupling(mask, rn.MLP(2, 4))]
+    with pytest.raises(ValueError, match="never changes entries"):
+        rn.Compose(couplings)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from helpers import perturb, table
+from pyro.nn import DenseNN
 from torch import nn
 
 import pyro_realnvp as rn
@@ -122,6 +123,11 @@ class Forgetful(rn.Coupling):
             lambda: rn.AdditiveCoupling(masks.half(4), rn.MLP(2, 4))(torch.zeros(4)),
             ValueError,
             r"expected a shape of \(..., 2\) from",
+        ),
+        "conditioner of two outputs": (
+            lambda: rn.AffineCoupling(masks.half(4), DenseNN(2, [8], [2, 2]))(torch.zeros(4)),
+            TypeError,
+            "expected one tensor from its conditioner.* got tuple: join",
         ),
         "too narrow conditioner of images": (
             lambda: rn.AffineCoupling(masks.checkerboard(1), rn.ConvResNet(2, 2))(torch.zeros(5, 1, 8, 8)),

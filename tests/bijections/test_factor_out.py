@@ -15,6 +15,11 @@ from pyro_realnvp import masks
             ValueError,
             "the 2 entries that go on",
         ),
+        "bounded": (
+            lambda: rn.FactorOut(masks.half(4), rn.Unbound([0.0, 0.0], [1.0, 1.0]).inv),
+            ValueError,
+            "expected a bijection of real numbers; got one from .*Real.* to .* use CatTransform",
+        ),
         "no bijection": (lambda: rn.FactorOut(masks.half(4), nn.Identity()), TypeError, "a Mask and a Bijection"),
     },
 )

@@ -3,6 +3,7 @@ import pytest
 import torch
 from helpers import perturb, table
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import pyro_realnvp as rn
 
@@ -60,6 +61,18 @@ def test_batchnorm_converges_to_the_statistics_and_trains_through_them():
     torch.testing.assert_close(f.inv(y), x, atol=1e-4, rtol=1e-4)  # exact in train mode too
     row = torch.autograd.grad(f(x)[0, 0], x)[0]
     assert row[1, 0] != 0  # since the mean and the variance of the batch depend on every row
+
+
+def test_batchnorm_is_the_same_in_a_checkpoint():
+    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(3)) * 3 + 5
+    found = []
+    for checkpointed in (False, True):
+        flow, value = rn.Flow(rn.Compose([rn.BatchNorm(2).inv])), x.clone().requires_grad_()
+        log_prob = flow().log_prob
+        loss = (checkpoint(log_prob, value, use_reentrant=False) if checkpointed else log_prob(value)).mean()
+        found.append((loss, *torch.autograd.grad(loss, value), *flow.buffers()))
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)
 
 
 def test_layers_act_on_each_channel():

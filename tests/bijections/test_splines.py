@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from helpers import perturb
 from pyro.distributions.transforms.spline import ConditionedSpline
 
 import pyro_realnvp as rn
@@ -104,3 +105,12 @@ def test_one_entry_takes_on_two_modes():
     flow = rn.Flow(rn.Compose([rn.Spline(1)]))
     history = rn.fit(flow, x, validation=x, num_steps=500, lr=2e-2, progress=False)
     assert history.best_loss == pytest.approx(entropy, abs=0.04)
+
+
+def test_a_conditional_spline_under_autocast_has_mass_one():
+    f = perturb(rn.Spline(1, context_dim=1))
+    x = torch.linspace(-8, 8, 16001)[:, None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        density, given = rn.Flow(f)(torch.ones(1)).log_prob(x).exp(), f.condition(torch.ones(1))
+        torch.testing.assert_close(given.inv(given(x)), x, atol=1e-3, rtol=1e-3)
+    assert torch.trapezoid(density, x[:, 0]).item() == pytest.approx(1, abs=1e-3)

@@ -304,6 +304,11 @@ def test_interpolation():
     assert (length > 0.99 * low).all() and (length < 1.01 * high).all()  # the way never comes close to the center
     same = rn.interpolate(flow, start, start, 3)
     torch.testing.assert_close(same[1], start, atol=1e-3, rtol=1e-3)
+    plain = rn.Flow(rn.real_nvp(2))  # still the identity
+    for start in (torch.tensor([1.0, 0.3]), torch.zeros(2)):  # of which the end is the opposite, or has no direction
+        end = -2 * start if start.any() else torch.tensor([1.0, 0.0])
+        way = rn.interpolate(plain, start, end, 3)
+        torch.testing.assert_close(way, torch.stack([start, (start + end) / 2, end]))
     images = rn.DequantizedFlow(flow, levels=16)
     start, end = torch.randint(16, (1, 8, 8)), torch.randint(16, (1, 8, 8))
     way = rn.interpolate(images, start, end, 4)
