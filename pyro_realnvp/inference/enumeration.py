@@ -60,7 +60,13 @@ def factors(trace: Trace) -> tuple[list[Factor], float, list[Tensor]]:
             # A masked site that is enumerated keeps its probabilities, which sum to 1 instead of counting states.
             mask = None if "_enumerate_dim" in site["infer"] else site["packed"]["mask"]
             log_prob = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=mask)
-            scales.add(float(site["scale"]))
+            scale = torch.as_tensor(site["scale"])
+            if scale.numel() > 1:
+                raise ValueError(
+                    f"expected one number as the scale of the site {site['name']!r}, which depends on enumerated ones; "
+                    f"got shape {tuple(scale.shape)}: Pyro's enumeration supports only scalars in poutine.scale"
+                )
+            scales.add(scale.item())
         found.append(Factor(log_prob._pyro_dims, own, is_summed))
         terms.append(log_prob)
     if len(scales) > 1:

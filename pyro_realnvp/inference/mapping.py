@@ -48,6 +48,9 @@ class _ForVmap(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in _FILLS:
             target, *rest = args
+            if target.is_floating_point() and not torch._C._functorch.is_batchedtensor(target):
+                # A caller who reads the target instead of the result must not take its memory for noise.
+                target.detach().fill_(torch.nan)
             args = (torch.zeros_like(target) + self.zero.to(target), *rest)
         elif function is Tensor.__setitem__ and _is_mask(args[1]) and not isinstance(args[2], Tensor):
             function, (target, mask, value) = Tensor.masked_fill_, args

@@ -8,6 +8,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -173,7 +174,8 @@ class TracedParticles(Particles):
 
     def _draw_one(self, rows: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         trace = self._run(self.guide, rows)
-        drawn = {name: trace.nodes[name] for name in trace.stochastic_nodes if name not in rows}
+        sites = {name: trace.nodes[name] for name in trace.stochastic_nodes}
+        drawn = {name: site for name, site in sites.items() if not site_is_subsample(site)}
         terms = {"log_q": trace.log_prob_sum()}
         scores = [site["unscaled_log_prob"].sum() for site in drawn.values() if not site["fn"].has_rsample]
         if scores:

@@ -15,7 +15,7 @@ from torch.distributions import Distribution, Independent, MixtureSameFamily, Tr
 from torch.distributions.constraints import Constraint
 from torch.distributions.utils import lazy_property
 
-from ..bijections.shapes import of_entries
+from ..bijections.shapes import of_entries, sum_events
 from ..distributions import FlowDistribution
 from .relative import plain
 
@@ -48,23 +48,32 @@ def apply_validity(trace: Trace, names: Iterable[str]) -> None:
         site = trace.nodes.get(name)
         valid = None if site is None else _valid(site["fn"], site["value"])
         if valid is not None:
-            log_p = _log_prob(site)
+            is_mixture = isinstance(plain(site["fn"]), MixtureSameFamily)
+            args = site["value"], *site["args"]
+            log_p = _log_prob(site["fn"], site["value"]) if is_mixture else site["fn"].log_prob(*args, **site["kwargs"])
             log_p = torch.where(_within(valid, log_p.shape), log_p, -torch.inf)
             site["unscaled_log_prob"] = log_p
             site["log_prob"] = scale_and_mask(log_p, site["scale"], site["mask"])
             site["log_prob_sum"] = site["log_prob"].sum()
 
 
-def _log_prob(site: dict[str, Any]) -> Tensor:
-    fn, value = site["fn"], site["value"]
-    if isinstance(fn, MixtureSameFamily):
-        components, value = fn.component_distribution, fn._pad(value)
-        valid = _valid_value(components, value)
-        if valid is not None:  # torch adds the formulas of all components, also of those that have no density there
-            log_p = components.log_prob(value)
-            log_p = torch.where(valid, log_p, torch.finfo(log_p.dtype).min)
-            return (log_p + fn.mixture_distribution.logits.log_softmax(-1)).logsumexp(-1)
-    return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+def _log_prob(fn: Distribution, value: Tensor) -> Tensor:
+    """The log-density of a mixture, in its wrappers. Torch adds the formulas of all components, also of those that have
+    no density there."""
+    if isinstance(fn, Independent):
+        return sum_events(_log_prob(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, MaskedDistribution):
+        return scale_and_mask(_log_prob(fn.base_dist, value), mask=fn._mask)
+    if isinstance(fn, ExpandedDistribution):
+        log_p = _log_prob(fn.base_dist, value)
+        return log_p.expand(torch.broadcast_shapes(log_p.shape, fn.batch_shape))
+    components, padded = fn.component_distribution, fn._pad(value)
+    valid = _valid_value(components, padded)
+    if valid is None:
+        return fn.log_prob(value)
+    log_p = components.log_prob(padded)
+    log_p = torch.where(valid, log_p, torch.finfo(log_p.dtype).min)
+    return (log_p + fn.mixture_distribution.logits.log_softmax(-1)).logsumexp(-1)
 
 
 def _valid(fn: Distribution, value: Tensor) -> Tensor | None:

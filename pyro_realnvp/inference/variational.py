@@ -10,7 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import Delta
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, ReweightedWakeSleep, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -180,7 +180,12 @@ def fit_guide(
 
 
 def _check_loss(loss: ELBO, guide_trace: Trace) -> None:
-    """Refuses Pyro's analytic KL divergence of a Delta, which leaves out its ``log_density``."""
+    """Refuses losses without one finite value, and Pyro's analytic KL divergence of a Delta without its log-density."""
+    if isinstance(loss, (ReweightedWakeSleep, TraceTailAdaptive_ELBO)):
+        raise ValueError(
+            f"Pyro's {type(loss).__name__} has no single value that a training could compare: use pyro.infer.SVI, or "
+            "another loss such as RenyiELBO()"
+        )
     if not isinstance(loss, TraceMeanField_ELBO):
         return
     sites = {name: plain(guide_trace.nodes[name]["fn"]) for name in guide_trace.stochastic_nodes}
