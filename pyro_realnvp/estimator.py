@@ -189,7 +189,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                     context=context,
                     weights=weights,
                     validation=tuple(apart) if num_held_out else 0,
-                    augment=fading_noise(flow, self.columns_, x, self.noise, self.num_steps, noise),
+                    augment=fading_noise(flow, self.columns_, x, weights, self.noise, self.num_steps, noise),
                     num_steps=self.num_steps,
                     batch_size=min(self.batch_size, len(x)),
                     lr=self.lr,

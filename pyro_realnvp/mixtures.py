@@ -35,6 +35,11 @@ def choose_mixture(x: Tensor, weights: Tensor | None, seed: int) -> GaussianMixt
     return min(found, key=lambda mixture: (mixture.has_collapsed(rows), mixture.bic(rows)))
 
 
+def are_many(x: Tensor, weights: Tensor | None) -> bool:
+    """Whether a mixture of such rows has a normal for each cluster, instead of as many as an information criterion."""
+    return bool(_worth(_weighted_rows(x, weights, 2)[1]) >= _MANY_ROWS)
+
+
 def _weighted_rows(x: Tensor, weights: Tensor | None, least: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows that count, and the share of each in the sum of all weights."""
     rows = x.detach().double().cpu().numpy()

@@ -17,6 +17,7 @@ from .bijections.linear import TriangularAffine, triangular_root
 from .columns import Columns
 from .distributions import Flow
 from .flows import real_nvp, spline_flow
+from .mixtures import are_many
 
 _NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
 _LEAST_VARIANCE = 1e-12
@@ -77,11 +78,12 @@ def refit(
 ) -> None:
     """Chooses the mixture of a flow's base anew, if its size is free, and initializes it from all rows.
 
-    Both tables consist of rows, contexts and weights.
+    Where all rows are so many that the choice would follow another rule than that of the rows to train on, whose choice
+    has been compared with the flows, the size stays. Both tables consist of rows, contexts and weights.
     """
     x, context, weights = (None if a is None else torch.cat([a, b]) for a, b in zip(train, apart))
     z = flow(context).transform(x)
-    if num_components == "auto":
+    if num_components == "auto" and are_many(train[0], train[2]) == are_many(x, weights):
         flow.base = MixtureBase.for_rows(z, weights, context_dim=flow.base.context_dim, seed=seed)
     else:
         flow.base.initialize(z, weights, seed=seed)
@@ -123,7 +125,13 @@ def _whitening(z: Tensor, weights: Tensor | None) -> list[TriangularAffine]:
 
 
 def fading_noise(
-    flow: Flow, columns: Columns, x: Tensor, noise: float, num_steps: int, generator: torch.Generator
+    flow: Flow,
+    columns: Columns,
+    x: Tensor,
+    weights: Tensor | None,
+    noise: float,
+    num_steps: int,
+    generator: torch.Generator,
 ) -> Callable[[Tensor], Tensor]:
     """A function that adds noise to a batch.
 
@@ -134,7 +142,7 @@ def fading_noise(
     to_data = Compose(
         [part for part in flow.bijection.parts[1:] if not any(p.requires_grad for p in part.parameters())]
     )
-    variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov()))
+    variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov(aweights=weights)))
     factor = directions * variances.clamp(min=0).sqrt()
     steps, is_integer = itertools.count(), torch.from_numpy(columns.is_integer).to(x.device)
 

@@ -20,7 +20,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import pyro_realnvp as rn
-from pyro_realnvp.table_flows import is_better, refit
+from pyro_realnvp.columns import Columns
+from pyro_realnvp.table_flows import fading_noise, is_better, refit
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(300, 2)) @ [[1.0, 0.8], [0.0, 0.5]] * [1.0, 100.0] + [5.0, -300.0]
@@ -99,6 +100,22 @@ def test_the_mixture_is_fitted_to_all_rows_in_the_coordinates_of_the_base(num_co
     assert probs[is_first].sum().item() == pytest.approx(2 / 3, abs=1e-3)
     mean = (probs[:, None] * locs).sum(0)
     torch.testing.assert_close(mean, (torch.cat([train, apart]).mean(0) - 10) / 2, rtol=0, atol=1e-3)
+
+
+def test_the_size_of_a_mixture_stays_where_all_rows_would_be_counted_by_another_rule():
+    train, apart = torch.randn(900, 2), torch.randn(100, 2)
+    flow = rn.Flow(rn.Standardize(2), base=rn.MixtureBase(2, num_components=5))
+    refit(flow, (train, None, None), (apart, None, None), num_components="auto", seed=0)
+    assert flow.base.num_components == 5 and not flow.base.needs_data
+
+
+def test_the_fading_noise_counts_rows_by_their_weights():
+    x = torch.randn(4000, 2) * torch.tensor([1.0, 3.0])
+    far, weights = torch.cat([x, 1e3 * x]), torch.cat([torch.ones(4000), torch.full((4000,), 1e-12)])
+    flow = rn.Flow(rn.Compose([rn.real_nvp(2), rn.Standardize(2).inv]))
+    columns = Columns("real", far.numpy())
+    add = fading_noise(flow, columns, far, weights, 0.5, 10, torch.Generator().manual_seed(0))
+    torch.testing.assert_close((add(x) - x).std(0), torch.tensor([0.5, 1.5]), rtol=0.1, atol=0)
 
 
 def test_the_weights_of_rows_count_where_the_mixture_is_fitted_to_all_of_them():

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "training": {"bases", "bijections", "distributions", "saving"},
     "inference": {"bases", "bijections", "flows", "distributions", "training"},
     "columns": set(),
-    "table_flows": {"bases", "bijections", "columns", "flows", "distributions"},
+    "table_flows": {"bases", "bijections", "columns", "flows", "distributions", "mixtures"},
     "ties": {"columns"},
     "estimator": {"columns", "distributions", "table_flows", "ties", "training"},
     "classifier": {"estimator"},

@@ -4,7 +4,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import reduce
-from typing import Any
 
 import torch
 from pyro.distributions import ExpandedDistribution, MaskedDistribution, MaskedMixture

@@ -146,6 +146,7 @@ def _moments(flow: Flow, batch: Batch) -> tuple[Tensor, Tensor]:
         loc, scale = base.mean, base.stddev
     except NotImplementedError:
         return zero, one
+    loc, scale = (values.to(batch.x) for values in (loc, scale))  # of a base whose dtype is another than the flow's
     return torch.where(loc.isfinite(), loc, 0.0), torch.where(scale.isfinite(), scale, 1.0)
 
 

@@ -33,6 +33,7 @@ from torch.distributions import constraints
 import pyro_realnvp as rn
 from pyro_realnvp.inference.agreement import check
 from pyro_realnvp.inference.density import LogDensity
+from pyro_realnvp.inference.mapping import map_over
 from pyro_realnvp.inference.validity import apply_validity
 
 # -- a regression, written in all ways ---------------------------------------------------------------------------------
@@ -1260,3 +1261,47 @@ def test_svi_of_a_dynamic_support_and_relative_coordinates():
         guide = rn.AutoRealNVP(model, num_couplings=2)
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
         assert all(math.isfinite(svi.step()) for _ in range(5)) and guide.is_trained
+
+
+@pytest.mark.parametrize(
+    ("wrap", "value", "count"),
+    [
+        (lambda fn: fn.mask(torch.tensor(True)), torch.tensor(1.5), 1),
+        (lambda fn: fn.expand([3]).to_event(1), torch.full((3,), 1.5), 3),
+        (lambda fn: fn.expand([3]).mask(torch.tensor([True, False, True])).to_event(1), torch.full((3,), 1.5), 2),
+    ],
+)
+def test_components_count_within_their_own_supports_in_all_wrappers(wrap, value, count):
+    with pyro.validation_enabled(False):
+        pareto = dist.Pareto(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0]))
+        fn = wrap(dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), pareto))
+        trace = poutine.trace(lambda: pyro.sample("x", fn, obs=value)).get_trace()
+        apply_validity(trace, ["x"])
+    right = math.log(0.5 * 3 * 1.5**-4)  # only the first has a density at 1.5
+    assert trace.nodes["x"]["log_prob_sum"].item() == pytest.approx(count * right, abs=1e-5)
+
+
+def test_enumeration_takes_one_scale():
+    @config_enumerate
+    def model():
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("rows", 3), poutine.scale(scale=torch.tensor([1.0, 2.0, 0.5])):
+            k = pyro.sample("k", dist.Bernoulli(p))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=torch.zeros(3))
+
+    with pytest.raises(ValueError, match=r"one number as the scale of the site 'k'.* got shape \(3,\)"):
+        rn.AutoRealNVP(model).build()
+
+
+def test_memory_that_a_statement_should_have_filled_is_not_taken_for_noise():
+    """Under vmap the filled tensor is a new one, the result of the call."""
+
+    def one(point, is_result_used):
+        noise = torch.empty(3)
+        filled = noise.normal_()
+        return ({"y": point + (filled if is_result_used else noise)},)
+
+    points = torch.zeros(2000)
+    (used,) = map_over(functools.partial(one, is_result_used=True), points, True)
+    (unused,) = map_over(functools.partial(one, is_result_used=False), points, True)
+    assert used["y"].std().item() == pytest.approx(1, abs=0.05) and unused["y"].isnan().all()

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import fitted, table, two_modes
-from pyro.infer import MCMC, NUTS
+from pyro.infer import MCMC, NUTS, ReweightedWakeSleep, TraceTailAdaptive_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 import pyro_realnvp as rn
@@ -71,6 +71,31 @@ def test_the_path_derivative_has_no_noise_where_the_guide_is_exact():
         moved = [(p - start[name]).square().sum() for name, p in guide.named_parameters()]
         norms[path_derivative] = sum(moved).sqrt().item()
     assert norms[True] < 0.1 * norms[False]
+
+
+def test_the_path_derivative_under_a_plate():
+    """The rows of a plate are a site without a gradient, but no draw of the guide."""
+
+    def model():
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 2.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor([1.0, 4.0, -2.0]))
+
+    losses = []
+    for path_derivative in (True, False):
+        pyro.clear_param_store()
+        options = {"num_steps": 5, "seed": 0, "progress": False}
+        losses.append(rn.fit_guide(AutoNormal(model), path_derivative=path_derivative, **options).loss)
+    assert losses[0][0] == pytest.approx(losses[1][0]) and losses[0][-1] != losses[1][-1]
+
+
+@pytest.mark.parametrize("loss", [ReweightedWakeSleep(num_particles=4), TraceTailAdaptive_ELBO(num_particles=4)])
+def test_losses_without_a_value_are_refused(loss):
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="has no single value that a training could compare"):
+        rn.fit_guide(AutoNormal(model), loss=loss, num_steps=5, progress=False)
 
 
 # -- flow priors -------------------------------------------------------------------------------------------------------

@@ -178,3 +178,10 @@ def test_a_layer_that_is_added_has_the_mode_of_its_flow():
     with pytest.warns(RuntimeWarning, match="Standardize"):
         rn.fit(flow, 100 * torch.randn(60, 2), num_steps=2, progress=False)
     assert not any(module.training for module in flow.modules())
+
+
+def test_rows_far_from_a_base_of_another_dtype():
+    flow, x = rn.Flow(rn.real_nvp(2, num_couplings=2).double()), far_rows().double()
+    with pytest.warns(RuntimeWarning, match=FAR):
+        run(flow, x, num_steps=20)
+    assert flow().log_prob(x).isfinite().all()
