@@ -174,8 +174,7 @@ class TracedParticles(Particles):
 
     def _draw_one(self, rows: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         trace = self._run(self.guide, rows)
-        sites = {name: trace.nodes[name] for name in trace.stochastic_nodes}
-        drawn = {name: site for name, site in sites.items() if not site_is_subsample(site)}
+        drawn = {name: trace.nodes[name] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
         terms = {"log_q": trace.log_prob_sum()}
         scores = [site["unscaled_log_prob"].sum() for site in drawn.values() if not site["fn"].has_rsample]
         if scores:

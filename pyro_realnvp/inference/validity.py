@@ -47,24 +47,26 @@ def apply_validity(trace: Trace, names: Iterable[str]) -> None:
         site = trace.nodes.get(name)
         valid = None if site is None else _valid(site["fn"], site["value"])
         if valid is not None:
-            is_mixture = isinstance(plain(site["fn"]), MixtureSameFamily)
-            args = site["value"], *site["args"]
-            log_p = _log_prob(site["fn"], site["value"]) if is_mixture else site["fn"].log_prob(*args, **site["kwargs"])
+            fn, value = site["fn"], site["value"]
+            if isinstance(plain(fn), MixtureSameFamily):
+                log_p = _log_prob_of_mixture(fn, value)
+            else:
+                log_p = fn.log_prob(value, *site["args"], **site["kwargs"])
             log_p = torch.where(_within(valid, log_p.shape), log_p, -torch.inf)
             site["unscaled_log_prob"] = log_p
             site["log_prob"] = scale_and_mask(log_p, site["scale"], site["mask"])
             site["log_prob_sum"] = site["log_prob"].sum()
 
 
-def _log_prob(fn: Distribution, value: Tensor) -> Tensor:
+def _log_prob_of_mixture(fn: Distribution, value: Tensor) -> Tensor:
     """The log-density of a mixture, in its wrappers. Torch adds the formulas of all components, also of those that have
     no density there."""
     if isinstance(fn, Independent):
-        return sum_events(_log_prob(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+        return sum_events(_log_prob_of_mixture(fn.base_dist, value), fn.reinterpreted_batch_ndims)
     if isinstance(fn, MaskedDistribution):
-        return scale_and_mask(_log_prob(fn.base_dist, value), mask=fn._mask)
+        return scale_and_mask(_log_prob_of_mixture(fn.base_dist, value), mask=fn._mask)
     if isinstance(fn, ExpandedDistribution):
-        log_p = _log_prob(fn.base_dist, value)
+        log_p = _log_prob_of_mixture(fn.base_dist, value)
         return log_p.expand(torch.broadcast_shapes(log_p.shape, fn.batch_shape))
     components, padded = fn.component_distribution, fn._pad(value)
     valid = _valid_value(components, padded)
