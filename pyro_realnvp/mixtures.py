@@ -19,20 +19,24 @@ _LEAST_CLUSTERED = 0.9
 
 
 def fit_mixture(x: Tensor, weights: Tensor | None, num_components: int, kind: str, seed: int) -> GaussianMixture:
-    return _fitted(*_weighted_rows(x, weights, max(2, num_components)), num_components, kind, seed)
+    rows, shares = _weighted_rows(x, weights, max(2, num_components))
+    units = _Units(rows, shares)
+    return units.restore(_fitted(units.standardize(rows), shares, num_components, kind, seed))
 
 
 def choose_mixture(x: Tensor, weights: Tensor | None, seed: int) -> GaussianMixture:
     """A mixture whose number of components suits a flow of such rows: see :meth:`MixtureBase.for_rows`."""
     rows, shares = _weighted_rows(x, weights, 2)
+    units = _Units(rows, shares)
+    rows = units.standardize(rows)
     worth = _worth(shares)
     if worth >= _MANY_ROWS:
-        return _fitted(rows, shares, _num_clusters(rows, shares), "full", seed)
+        return units.restore(_fitted(rows, shares, _num_clusters(rows, shares), "full", seed))
     most = min(_MOST_COMPONENTS, max(1, int(worth) // _ROWS_PER_COMPONENT))
     # scikit-learn's equal covariances count all rows alike.
     kinds = ("full", "tied", "diag") if np.ptp(shares) == 0 else ("full", "diag")
     found = [_fitted(rows, shares, num, kind, seed) for num in range(1, most + 1) for kind in kinds]
-    return min(found, key=lambda mixture: (mixture.has_collapsed(rows), mixture.bic(rows)))
+    return units.restore(min(found, key=lambda mixture: (mixture.has_collapsed(rows), mixture.bic(rows))))
 
 
 def are_many(x: Tensor, weights: Tensor | None) -> bool:
@@ -48,6 +52,27 @@ def _weighted_rows(x: Tensor, weights: Tensor | None, least: int) -> tuple[np.nd
     if counted.sum() < least:
         raise ValueError(f"expected {least} rows or more, of positive weight; got {counted.sum()} of {len(rows)}")
     return rows[counted], weights[counted] / weights.sum()
+
+
+class _Units:
+    """Those of the columns: what scikit-learn adds to the variances is absolute, and its first centres are chosen by
+    distances."""
+
+    def __init__(self, rows: np.ndarray, shares: np.ndarray):
+        self._loc = np.average(rows, axis=0, weights=shares)
+        scale = np.sqrt(np.average(np.square(rows - self._loc), axis=0, weights=shares))
+        self._scale = np.where(scale > 0, scale, 1.0)  # of a constant column
+
+    def standardize(self, rows: np.ndarray) -> np.ndarray:
+        return (rows - self._loc) / self._scale
+
+    def restore(self, mixture: GaussianMixture) -> GaussianMixture:
+        diagonal = mixture.covariance_type == "diag"
+        mixture.means_ = self._loc + self._scale * mixture.means_
+        mixture.covariances_ = mixture.covariances_ * (
+            np.square(self._scale) if diagonal else np.outer(self._scale, self._scale)
+        )
+        return mixture
 
 
 class WeightedMixture(GaussianMixture):

@@ -85,6 +85,21 @@ def test_for_rows_chooses_the_number_and_the_kind_of_covariances():
         assert (truth.log_prob(x) - base().log_prob(x)).mean().abs() < 0.03
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_mixture_does_not_depend_on_the_units(unit):
+    """What scikit-learn adds to the variances is 1e-6, whatever the unit: it made deviations of 1e-3 too wide."""
+    x = torch.cat([torch.randn(300, 2) - 5, torch.randn(300, 2) + 5]).double()
+    units = torch.tensor([unit, 1.0], dtype=torch.float64)
+    for base_of in (
+        rn.MixtureBase.for_rows,
+        lambda rows: rn.MixtureBase(2, num_components=2).double().initialize(rows),
+    ):
+        one, other = base_of(x), base_of(units * x)
+        assert one.num_components == other.num_components
+        log_p = one().log_prob(x) - units.log().sum()
+        torch.testing.assert_close(other().log_prob(units * x), log_p, rtol=1e-6, atol=1e-6)
+
+
 def test_for_rows_takes_few_rows_for_one_normal():
     """The likelihood of two rows to a normal has no bound."""
     for seed in range(10):

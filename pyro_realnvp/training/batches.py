@@ -57,10 +57,8 @@ class Shuffled:
 
     def some(self) -> Batch:
         """A random part of the rows to train on. (Every k-th row might be all of one kind.)"""
-        weights, indices = self.rows.columns.weights, self.indices
-        indices = indices if weights is None else indices[weights[indices] > 0]
-        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
-        return self.rows[indices[order[:_SOME_ROWS].sort().values]]
+        order = torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(0))
+        return self.rows[self.indices[order[:_SOME_ROWS].sort().values]]
 
     def state_dict(self) -> dict[str, Any]:
         return {"start": self.start, "position": self.position}
@@ -121,11 +119,6 @@ def prepare(
             )
         order = torch.randperm(len(rows), generator=generator)
         held_out, indices = HeldOut(rows, order[:num_held_out]), order[num_held_out:]
-        if weights is not None and not (rows.weight(indices) > 0 and rows.weight(held_out.indices) > 0):
-            raise ValueError(
-                f"validation={validation} leaves the held-out rows or those to train on without weight: choose "
-                "the rows to hold out yourself, and pass them as validation="
-            )
     batch_size = min(256, len(indices)) if batch_size is None else batch_size
     if not isinstance(batch_size, int) or not 0 < batch_size <= len(indices):
         raise ValueError(

@@ -55,11 +55,11 @@ class Rows:
         event_shape = tuple(getattr(flow, "event_shape", x.shape[1:]))
         if not x.ndim or tuple(x.shape[1:]) != event_shape:
             raise ValueError(f"expected x of shape (N, {', '.join(map(str, event_shape))}); got {tuple(x.shape)}")
-        if len(x) < 1 + train:
-            raise ValueError(f"expected at least {'two rows' if train else 'one row'} of x; got {len(x)}")
         if context is not None:
-            context = _checked(self.own, context, "context")
-            if context.ndim < 2:
+            # An embedding may read integers, as torch.nn.Embedding does, and so may a module of the user's.
+            labels = getattr(getattr(flow, "flow", flow), "embedding", "unknown") is not None
+            context = _checked(self.own, context, "context", labels=labels)
+            if context.ndim < 2 and not (labels and context.ndim):
                 raise ValueError(
                     f"expected context of shape (N, context_dim); got {tuple(context.shape)}: pass context[:, None] if "
                     "each row has one number"
@@ -68,18 +68,27 @@ class Rows:
                 raise ValueError(
                     f"expected a context for each of the {len(x)} rows of x; got shape {tuple(context.shape)}"
                 )
-        self.columns: Batch = Batch(x, context, None if weights is None else _normalized(weights, len(x)))
+        weights = None if weights is None else _normalized(weights, len(x))
+        self.columns: Batch = Batch(x, context, weights)
+        # A row of weight 0 may be anything, even where the flow has no density: 0 times infinity would be nan.
+        self.counted: Tensor = torch.arange(len(x)) if weights is None else weights.nonzero().squeeze(1)
+        if len(self) < 1 + train:
+            of_weight = "" if weights is None else ", of positive weight"
+            raise ValueError(
+                f"expected at least {'two rows' if train else 'one row'} of x{of_weight}; got {len(self)} of {len(x)}"
+            )
         self._check_values(train)
 
     def __len__(self) -> int:
-        return len(self.columns.x)
+        """The number of rows that count."""
+        return len(self.counted)
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        """The rows with these numbers, in the flow's dtype and on its device."""
+        """Those of these numbers among the rows that count, in the flow's dtype and on its device."""
         return Batch(*(None if values is None else self._tensor(values, rows) for values in self.columns))
 
     def _tensor(self, values: Tensor | np.ndarray, rows: Tensor) -> Tensor:
-        values = _read(values, rows)
+        values = self._read(values, rows)
         if values.is_floating_point():
             values = values.to(self.own.dtype)
         if self.own.is_cuda and not values.is_cuda:
@@ -113,11 +122,11 @@ class Rows:
         """Raises an error if the flow's dtype is too coarse for numbers like these, such as seconds since 1970."""
         own = torch.finfo(self.own.dtype)
         for name, values in zip(Batch._fields[:2], self.columns):
-            dtype = None if values is None else _read(values, torch.arange(1)).dtype
+            dtype = None if values is None else self._read(values, torch.arange(1)).dtype
             if dtype is None or not dtype.is_floating_point or torch.finfo(dtype).eps >= own.eps:
                 continue
             passes = self._passes(torch.arange(len(self)))
-            ranges = [_read(values, some).flatten(1).aminmax(dim=0) for some in passes]
+            ranges = [self._read(values, some).flatten(1).aminmax(dim=0) for some in passes]
             low = torch.stack([part.min for part in ranges]).amin(0)
             high = torch.stack([part.max for part in ranges]).amax(0)
             largest = torch.maximum(low.abs(), high.abs())
@@ -142,22 +151,18 @@ class Rows:
         entries = max(math.prod(self.columns.x.shape[1:]), 1)
         return rows.split(min(_ROWS_PER_PASS, max(1, _ENTRIES_PER_PASS // entries)))
 
-    def weight(self, rows: Tensor) -> float:
-        """The sum of the weights of the rows with these numbers."""
-        return float(self.columns.weights[rows].sum())
+    def _read(self, values: Tensor | np.ndarray, rows: Tensor) -> Tensor:
+        """The rows with these numbers, as they are."""
+        rows = self.counted[rows]
+        if isinstance(values, np.ndarray):
+            return torch.from_numpy(values[rows.numpy()])
+        return values[rows.to(values.device)]
 
     def mark(self) -> int:
         """A checksum of about a thousand of the rows, by which a checkpoint recognizes its data."""
         some = self[torch.arange(0, len(self), math.ceil(len(self) / _MARKED_ROWS))]
         parts = [values.cpu().double().numpy().tobytes() for values in some if values is not None]
         return zlib.crc32(str(len(self)).encode() + b"".join(parts))
-
-
-def _read(values: Tensor | np.ndarray, rows: Tensor) -> Tensor:
-    """The rows with these numbers, as they are."""
-    if isinstance(values, np.ndarray):
-        return torch.from_numpy(values[rows.numpy()])
-    return values[rows.to(values.device)]
 
 
 def bad_rows(batch: Batch, support: constraints.Constraint | None) -> dict[str, int]:
@@ -190,8 +195,14 @@ def _to_levels(levels: int) -> str:
     return f"(x * {levels - 1}).round().long()"
 
 
-def _checked(own: Tensor, values, name: str, *, levels: int | None = None) -> Tensor | np.ndarray:
-    """Checks the type, dtype and device of values, and returns them as a tensor or as a memory-mapped array."""
+def _checked(own: Tensor, values, name: str, *, levels: int | None = None, labels: bool = False) -> Tensor | np.ndarray:
+    """Checks the type, dtype and device of values, and returns them as a tensor or as a memory-mapped array.
+
+    Args:
+        own: a parameter of the flow.
+        levels: the number of levels if the values must be integers.
+        labels: whether the values may be integers.
+    """
     integer = levels is not None
     is_array = isinstance(values, np.ndarray)
     if isinstance(values, np.ma.MaskedArray) or (not is_array and not isinstance(values, Tensor)):
@@ -205,7 +216,7 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None) -> Te
             f"[0, 1], pass {_to_levels(levels)}; if they are levels, pass x.long()" + " of a tensor" * is_array
         )
     if is_array:
-        if not integer and not is_floating:
+        if not integer and not is_floating and not (labels and np.issubdtype(values.dtype, np.integer)):
             raise TypeError(f"expected {name} to be a tensor or a floating-point array; got an array of {values.dtype}")
         if isinstance(values, np.memmap):
             return values
@@ -215,12 +226,12 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None) -> Te
         raise TypeError(f"expected a dense {name}; got one of {values.layout}: pass {name}.to_dense()")
     if values.requires_grad:
         raise ValueError(f"expected a {name} without gradients, which a training would add up: pass {name}.detach()")
-    if name == "context" and not is_floating:
+    if name == "context" and not is_floating and not labels:
         raise TypeError(
             f"expected context of the flow's {own.dtype}; got {values.dtype}: encode labels by "
             "torch.nn.functional.one_hot(labels, num_classes).float()"
         )
-    if not integer and values.dtype != own.dtype:
+    if not integer and values.dtype != own.dtype and (is_floating or not labels):
         raise TypeError(f"expected {name} of the flow's {own.dtype}; got {values.dtype}: pass {name}.to({own.dtype})")
     if values.device.type != "cpu" and values.device != own.device:
         raise ValueError(f"the flow is on {own.device}, {name} on {values.device}: move one of them with .to()")
@@ -228,10 +239,10 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None) -> Te
 
 
 def _normalized(weights, num_rows: int) -> Tensor:
-    """Checks the weights, and scales them to a mean of 1."""
-    weights = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights).detach().double()
+    """Checks the weights, and scales those that are positive to a mean of 1."""
+    weights = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights).detach().double().cpu()
     if weights.shape != (num_rows,):
         raise ValueError(f"expected a weight for each of the {num_rows} rows of x; got shape {tuple(weights.shape)}")
     if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
         raise ValueError("expected finite weights >= 0: check that none is negative or nan, and that some are positive")
-    return weights / weights.mean()
+    return weights / weights[weights > 0].mean()

@@ -42,6 +42,7 @@ def start(flow: nn.Module, some: Callable[[], Batch], *, standardize: bool) -> N
         _standardize_context(flow, batch.context)
     if standardize:
         _standardize_rows(flow, batch)
+        _standardize_base(flow, batch)
     if isinstance(flow.base, MixtureBase) and flow.base.needs_data:
         z = _latents(flow, batch)
         finite = z.isfinite().all(-1)
@@ -50,7 +51,7 @@ def start(flow: nn.Module, some: Callable[[], Batch], *, standardize: bool) -> N
 
 
 def _warn_of_fill_values(name: str, values: Tensor | None) -> None:
-    if values is None:
+    if values is None or not values.is_floating_point():
         return
     loc, scale = _location_and_scale(values)
     extreme = (values - loc).abs() > _EXTREME * scale
@@ -107,6 +108,30 @@ def _standardize_rows(flow: Flow, batch: Batch) -> None:
     warnings.warn(
         f"{given}, so the flow now has a layer Standardize({dim}).inv, fitted to the rows: {remedy}, or pass "
         "standardize=False",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def _standardize_base(flow: Flow, batch: Batch) -> None:
+    """Keeps the density, but not the coordinates, of a base that was placed at data: couplings would read them."""
+    loc, scale = _moments(flow, batch)
+    far = _far(loc, scale)
+    if not far.any():
+        return
+    learned, fixed = _split(flow)
+    rows = Compose(fixed).inv(batch.x) if fixed else batch.x
+    at_start = _condition(learned, flow, batch)
+    if not _is_permutation(at_start, rows):
+        return
+    loc_of_rows, scale_of_rows = (at_start(values.expand(len(rows), -1))[0] for values in (loc, scale))
+    flow.bijection = Compose([_fitted(loc, scale), learned, _fitted(loc_of_rows, scale_of_rows).inv, *fixed])
+    dim = len(loc)
+    warnings.warn(
+        f"columns {_few(far)} of the base are far from 0 or from the scale 1 ({_describe(loc, scale, far)}), so the "
+        f"flow now has layers Standardize({dim}) and Standardize({dim}).inv at its ends: build it as "
+        f"Flow(Compose([bijection, to_data.inv]), base=...), with to_data = Standardize({dim}).fit(x) and a base for "
+        "to_data(x), or pass standardize=False",
         RuntimeWarning,
         stacklevel=5,
     )
@@ -182,4 +207,4 @@ def _few(far: Tensor) -> list[int]:
 
 def _describe(loc: Tensor, scale: Tensor, far: Tensor) -> str:
     k = int(far.nonzero()[0])
-    return f"column {k} has the median {loc[k].item():.4g} and the scale {scale[k].item():.4g}"
+    return f"column {k} is about {loc[k].item():.4g} and has the scale {scale[k].item():.4g}"

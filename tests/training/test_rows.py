@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 import torch
 from helpers import fit, make_flow, points, table
+from torch import nn
 
+import pyro_realnvp as rn
 from pyro_realnvp.training.rows import Batch, Rows
 
 X = points()
@@ -17,7 +20,9 @@ def test_weights_are_repetitions():
     """Each step uses all rows, so that the trainings differ in nothing but weights and repetitions."""
     counts = torch.arange(400) % 3
     options = {"validation": 0, "num_steps": 20}
-    flow, history = run(X.double(), make_flow(seed=1).double(), weights=counts, batch_size=400, **options)
+    flow, history = run(
+        X.double(), make_flow(seed=1).double(), weights=counts, batch_size=int((counts > 0).sum()), **options
+    )
     repeated = X.double().repeat_interleave(counts, 0)
     again, others_history = run(repeated, make_flow(seed=1).double(), batch_size=len(repeated), **options)
     assert history.loss == pytest.approx(others_history.loss)
@@ -41,12 +46,37 @@ def test_the_scale_of_weights_does_not_matter_and_arrays_serve():
         "negative": (-torch.ones(400), "finite weights >= 0"),
         "all zero": (torch.zeros(400), "some are positive"),
         "nan": (torch.full((400,), torch.nan), "finite weights"),
-        "none held out": ((torch.arange(400) == 0).float(), "without weight"),
+        "one": ((torch.arange(400) == 0).float(), "at least two rows of x, of positive weight; got 1 of 400"),
     },
 )
 def test_bad_weights(weights, message):
     with pytest.raises(ValueError, match=message):
         run(X, weights=weights)
+
+
+def test_rows_of_weight_0_do_not_count(tmp_path):
+    """They may be anything: they made each loss nan, and all steps were skipped."""
+    keep, weights = torch.arange(400) % 3 > 0, torch.rand(400)
+    filled = torch.where(keep[:, None], X, torch.tensor([torch.inf, 1e25]))
+    np.save(tmp_path / "x.npy", filled.numpy())
+    expected = run(X[keep], weights=weights[keep])[1]
+    for x in (filled, np.load(tmp_path / "x.npy", mmap_mode="r")):
+        history = run(x, weights=weights * keep)[1]
+        assert history.loss == pytest.approx(expected.loss)
+        assert history.validation_loss == pytest.approx(expected.validation_loss)
+
+
+@pytest.mark.parametrize("shape", [(400,), (400, 1)])
+@pytest.mark.parametrize("convert", [lambda labels: labels, lambda labels: labels.numpy()])
+def test_an_embedding_reads_labels(shape, convert):
+    labels = (X[:, :1] > 0).long().reshape(shape)
+    embedding = nn.Sequential(nn.Embedding(2, 3), nn.Flatten(1))
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2, hidden_dims=(8,), context_dim=3), embedding=embedding)
+    rn.fit(flow, X, context=convert(labels), num_steps=5, validation=0.1, progress=False, seed=0)
+    assert flow(labels).log_prob(X).shape == (400,)
+    flow.embedding = None
+    with pytest.raises(TypeError, match=r"one_hot|floating-point array"):
+        rn.fit(flow, X, context=convert(labels), progress=False)
 
 
 def test_marks_of_many_rows_stay_inside():

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import math
 import warnings
 
@@ -6,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import small, table
+from sklearn.datasets import make_moons
 
 import pyro_realnvp as rn
 
@@ -26,15 +28,37 @@ def run(flow, x, num_steps=100, **options):
 
 def test_far_rows_are_standardized_by_a_layer():
     flow, x = rn.Flow(rn.real_nvp(2, num_couplings=4)), far_rows()
-    with pytest.warns(
-        RuntimeWarning, match=r"columns \[0, 1\] of x are far from the base \(column 0 has the median 2015"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"columns \[0, 1\] of x are far from the base \(column 0 is about 2015"):
         run(flow, x)
     layer = flow.bijection.parts[-1].inv
     assert isinstance(layer, rn.Standardize)
     torch.testing.assert_close(layer.std, torch.tensor([5.0, 1e5]), rtol=0.1, atol=0)
     assert -flow().log_prob(far_rows(20_000)).mean().item() == pytest.approx(ENTROPY, abs=0.03)
     run(flow, x)  # the second time there is nothing to do, and no warning
+
+
+@pytest.mark.parametrize("unit", [100.0, 0.01])
+@pytest.mark.parametrize("kind", ["normal", "mixture"])
+def test_a_base_that_was_placed_at_the_data(kind, unit):
+    """Couplings read numbers of that size, and about a nat was lost, without a word."""
+    y = unit * torch.tensor(make_moons(1000, noise=0.05, random_state=0)[0])
+    flow = rn.Flow(small(2), base=PLACED[kind](y)).double()
+    to_data = rn.Standardize(2).double().fit(y)
+    same = rn.Flow(rn.Compose([copy.deepcopy(flow.bijection), to_data.inv]), base=PLACED[kind](to_data(y)))
+    before = flow().log_prob(y)
+    with pytest.warns(RuntimeWarning, match=r"columns \[0, 1\] of the base are far from 0 or"):
+        run(flow, y, num_steps=1, lr=1e-9)
+    torch.testing.assert_close(flow().log_prob(y), before, rtol=0, atol=1e-4)
+    assert len(flow.bijection.parts) == 3
+    losses = [run(each, y, lr=1e-2).loss for each in (flow, same)]  # nothing is left to do, and there is no warning
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    assert losses[0][-1] < losses[0][0] - 0.1
+
+
+PLACED = {
+    "normal": lambda y: rn.Base(dist.Normal, loc=y.mean(0), scale=y.std(0)),
+    "mixture": rn.MixtureBase.for_rows,
+}
 
 
 def test_a_loader_and_bounded_columns():
@@ -118,7 +142,7 @@ def test_a_permutation_is_new(part):
     base = rn.Base(dist.Normal, loc=torch.tensor([100.0, 0.0]), scale=torch.tensor([20.0, 1.0]))
     flow = rn.Flow(rn.Compose([small(2), part(), small(2)]), base=base)
     x = far_rows()
-    with pytest.warns(RuntimeWarning, match=FAR):
+    with pytest.warns(RuntimeWarning, match="of the base are far"), pytest.warns(RuntimeWarning, match=FAR):
         run(flow, x, num_steps=1, lr=1e-9)
     draws = flow().sample((5000,))
     torch.testing.assert_close((draws.mean(0) - x.mean(0)) / x.std(0), torch.zeros(2), rtol=0, atol=0.1)
@@ -136,8 +160,10 @@ def test_a_base_elsewhere_is_the_scale():
     base = rn.Base(dist.Normal, loc=torch.tensor([100.0, 0.0]), scale=torch.tensor([20.0, 1.0]))
     x = torch.randn(500, 2) * torch.tensor([20.0, 1.0]) + torch.tensor([100.0, 0.0])
     flow = rn.Flow(small(2), base=base)
-    run(flow, x, num_steps=2)
-    with pytest.warns(RuntimeWarning, match=r"columns \[0\]"):
+    with pytest.warns(RuntimeWarning, match=r"columns \[0\] of the base"):
+        run(flow, x, num_steps=2)
+    of_base, of_x = (pytest.warns(RuntimeWarning, match=rf"columns \[0\] of {name}") for name in ("the base", "x"))
+    with of_base, of_x:
         run(flow := rn.Flow(small(2), base=base), 10 * x, num_steps=2)
     torch.testing.assert_close(
         flow.bijection(torch.tensor([120.0, 0.0])), torch.tensor([1200.0, 0.0]), rtol=0.1, atol=5.0
