@@ -149,15 +149,27 @@ def _column(one) -> Column:
     if _is_circle(one):
         return Column(period=float(one[1]))
     if _is_whole(one):
-        _, low, high = one
-        return Column(-math.inf if low is None else low, math.inf if high is None else high + 1, is_integer=True)
+        low, high = _bounds(one[1:])
+        whole = np.ceil(low), np.floor(high)
+        if whole[0] > whole[1]:
+            raise ValueError(
+                f"expected a whole number from {low} to {high}; got none: exchange the bounds, or widen them"
+            )
+        return Column(float(whole[0]), float(whole[1]) + 1, is_integer=True)
     if _is_pair(one):
-        low, high = one
-        return Column(-math.inf if low is None else low, math.inf if high is None else high)
+        low, high = _bounds(one)
+        if not low < high:
+            raise ValueError(f"expected a lower bound, and a higher one; got ({low}, {high}): exchange or widen them")
+        return Column(low, high)
     raise ValueError(
         "expected 'real', 'positive', 'integer', 'count', 'circular', a pair (low, high) with None for no bound, "
         f"('integer', low, high) or ('circular', period); got {one!r}"
     )
+
+
+def _bounds(pair: Sequence[float | None]) -> tuple[float, float]:
+    low, high = pair
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _is_pair(support) -> bool:

@@ -53,6 +53,22 @@ def test_probabilities_of_two_values_add_up_to_one():
     assert (quick(support={1: ("integer", 0, 1)}, num_steps=1).fit(X).score_samples([[0.0, 2.0]]) == -np.inf).all()
 
 
+def test_bounds_between_whole_numbers():
+    """From -0.5 to 3 are the numbers 0, 1, 2, 3, whose probabilities add up to 1."""
+    X = np.random.default_rng(0).integers(0, 4, (400, 1)).astype(float)
+    density, same = (quick(support=("integer", low, high), num_steps=20).fit(X) for low, high in ((-0.5, 3.9), (0, 3)))
+    values = np.arange(-2.0, 7)[:, None]
+    np.testing.assert_allclose(density.score_samples(values), same.score_samples(values))
+    assert np.exp(density.score_samples(values)).sum() == pytest.approx(1, abs=0.01)
+    assert set(density.sample(500).ravel()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("support", [(5, 2), (2, 2), (math.nan, 1), ("integer", 5, 2), ("integer", 0.2, 0.8)])
+def test_bounds_in_the_wrong_order(support):
+    with pytest.raises(ValueError, match="exchange"):
+        quick(support=support).fit(np.zeros((10, 1)) + 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("period", [2 * math.pi, 24.0])
 def test_angles_go_round(period):
