@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a guide of all latents of a model needs beside its distribution: their coordinates."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -228,6 +229,9 @@ class AllLatents(GuideBase, AutoContinuous):
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         values, ladjs = self._constrain(latent, args, kwargs)
+        posterior = self.get_posterior(*args, **kwargs)
+        if not posterior.has_rsample:
+            self._give_to_a_site(posterior.log_prob(latent), ladjs)
         draws = {}
         for name, value in values.items():
             event_dim = self.prototype_trace.nodes[name]["fn"].event_dim
@@ -237,6 +241,17 @@ class AllLatents(GuideBase, AutoContinuous):
                     stack.enter_context(plates[frame.name])
                 draws[name] = pyro.sample(name, dist.Delta(value, log_density=-ladj, event_dim=event_dim))
         return draws
+
+    def _give_to_a_site(self, log_q: Tensor, ladjs: dict[str, Tensor]) -> None:
+        """Counts log q of the draw at the first site of the model, and no longer at the draw.
+
+        The gradient of a draw without rsample needs log p - log q, in which Pyro's Trace_ELBO counts only sites that
+        the model has, too. The sum over all sites stays as it is.
+        """
+        first, ladj = next(iter(ladjs.items()))
+        num = math.prod(ladj.shape[log_q.dim() :])  # elements of the site
+        ladjs[first] = ladj - log_q.reshape(log_q.shape + (1,) * (ladj.dim() - log_q.dim())) / num
+        pyro.factor(f"_{self._pyro_name}_log_q", -log_q, has_rsample=True)
 
     def _constrain(
         self, points: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

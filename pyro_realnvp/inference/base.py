@@ -107,23 +107,24 @@ class GuideBase:
         self._check_built()
         module, prefix = self._modules[name], f"{self._store_name}.{name}"
         store = pyro.get_param_store()
-        names = [store.param_name(p) for p in module.parameters()]
-        is_new = bool(names) and not any(names)  # frozen parameters have no name in the store
-        if is_new:
-            self._take_from_store(prefix, module)
+        # The store may have been loaded or set since, and then holds tensors that are not the guide's.
+        stored = dict(store.named_parameters())
+        tensors = {param_with_module_name(prefix, name): p for name, p in module.named_parameters()}
+        others = {name: p for name, p in tensors.items() if p.requires_grad and stored.get(name) is not p}
+        if others:
+            self._take_from_store(others)
         if self._pyro_context.active:
-            for key, p in module.named_parameters():
+            for name, p in tensors.items():
                 if p.requires_grad:  # pyro.module would do the same, and warn of each parameter that does not
-                    pyro.param(param_with_module_name(prefix, key), p)
-            if is_new:
+                    pyro.param(name, p)
+            if others:
                 self._put_buffers_into_store()
         return module
 
     @torch.no_grad()
-    def _take_from_store(self, prefix: str, module: nn.Module) -> None:
-        """Copies into a submodule, and into the guide's buffers, what the store holds under their names."""
+    def _take_from_store(self, tensors: dict[str, Tensor]) -> None:
+        """Copies into tensors of the guide, and into its buffers, what the store holds under their names."""
         store = pyro.get_param_store()
-        tensors = {param_with_module_name(prefix, name): p for name, p in module.named_parameters()}
         stored = [name for name in tensors if name in store]
         if not stored:
             return

@@ -209,6 +209,28 @@ def test_a_frozen_guide_draws_without_a_warning():
     assert all((store.param_name(p) is not None) == p.requires_grad for p in guide.parameters())
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+def test_the_best_state_of_the_store_comes_back(as_file, tmp_path):
+    """The store holds other tensors after it, and the guide then kept its own, which no optimizer knew."""
+    guide = rn.AutoRealNVP(two_modes, num_couplings=4, hidden_dims=(8,)).build()
+    svi = pyro.infer.SVI(two_modes, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    store = pyro.get_param_store()
+    svi.step()
+    best, before = copy.deepcopy(store.get_state()), [p.detach().clone() for p in guide.parameters()]
+    store.save(str(tmp_path / "store"))
+    for p in guide.parameters():
+        p.data.add_(1.0)
+    if as_file:
+        store.load(str(tmp_path / "store"))
+    else:
+        store.set_state(best)
+    guide()
+    for p, expected in zip(guide.parameters(), before):
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0)
+    svi.step()
+    assert any(not torch.equal(p, expected) for p, expected in zip(guide.parameters(), before))
+
+
 def test_states_copies_and_pickles():
     guide = fitted(uncentered, YEAR, Y, num_steps=20)
     fresh = rn.AutoRealNVP(uncentered, num_couplings=4)
