@@ -13,8 +13,9 @@ from torch.distributions import constraints, transform_to
 from .bijections.conditioners import MLP
 from .bijections.inputs import check_context
 from .bijections.modes import is_autocast
-from .bijections.shapes import sum_events
+from .bijections.shapes import of_entries, sum_events
 from .mixtures import choose_mixture, fit_mixture
+from .supports import circle_of
 
 
 class Base(nn.Module):
@@ -48,7 +49,12 @@ class Base(nn.Module):
                 f"the parameters of {distribution.__name__} constrain each other, so they cannot be learned one "
                 "by one: use learnable=False"
             )
-        distribution(**parameters, validate_args=True)  # raises an error if the parameters are invalid
+        first = distribution(**parameters, validate_args=True)  # raises an error if the parameters are invalid
+        if of_entries(first.support).event_dim:
+            raise ValueError(
+                f"expected a distribution of real numbers, or of numbers between bounds; got {distribution.__name__} "
+                f"with the support {first.support}, whose entries depend on each other: transform samples of it instead"
+            )
         for name, value in parameters.items():
             if not isinstance(value, Tensor):
                 raise TypeError(
@@ -93,12 +99,13 @@ class _Entries(dist.Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         entries, event_dim = self.base_dist, self.reinterpreted_batch_ndims
-        support = entries.support
-        if support is constraints.real or support.event_dim or support.is_discrete:
+        support = circle_of(entries) or of_entries(entries.support)
+        if support is constraints.real or support.is_discrete:
             return sum_events(entries.log_prob(value), event_dim)
         inside = support.check(value)
         # Any point of the support stands in for the others, whose formula and gradient may be nan.
         value = torch.where(inside, value, transform_to(support)(torch.zeros_like(value)))
+        inside = sum_events(~inside, len(entries.event_shape)) == 0
         return sum_events(torch.where(inside, entries.log_prob(value), -torch.inf), event_dim)
 
 

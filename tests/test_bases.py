@@ -217,6 +217,10 @@ def test_a_context_that_chooses_the_piece():
             lambda: rn.MixtureBase(1, num_components=2).start_at(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1)),
             r"got \(1,\), \(1, 1\), \(1, 1, 1\)",
         ),
+        "entries that constrain each other": (
+            lambda: rn.Base(dist.Dirichlet, concentration=torch.ones(3)),
+            "got Dirichlet with the support Simplex",
+        ),
         "bounds that constrain each other": (
             lambda: rn.Base(dist.Uniform, low=torch.zeros(2), high=torch.ones(2), learnable=True),
             "the parameters of Uniform constrain each other",
@@ -243,6 +247,13 @@ def test_a_bounded_base_has_no_density_beyond_its_support():
         assert flow().log_prob(outside) == flow(temperature=0.5).log_prob(outside) == -torch.inf
         flow().log_prob(torch.stack([y[0], outside])).exp().sum().backward()
         assert all(p.grad.isfinite().all() for p in flow.parameters())
+
+
+def test_angles_as_a_base_fill_one_period():
+    """Torch's density of angles repeats itself on the real line, so its integral grew with the range."""
+    flow = rn.Flow(rn.Standardize(1).inv, base=rn.Base(dist.VonMises, loc=torch.zeros(1), concentration=torch.ones(1)))
+    x = torch.linspace(-30, 30, 60_001)[:, None]
+    assert flow().log_prob(x).exp().sum() * 1e-3 == pytest.approx(1, abs=1e-3)
 
 
 def test_a_tensor_as_temperature():

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The latent sites of a model, and how a point in unconstrained coordinates becomes their values."""
 
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -10,9 +9,10 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, Transform, VonMises, biject_to, constraints
+from torch.distributions import Distribution, Transform, biject_to, constraints
 
 from ..bijections.shapes import bounds, of_entries, sum_events
+from ..supports import circle_of
 from .relative import Relative, plain
 from .subsampling import draws_rows
 
@@ -143,9 +143,7 @@ def _masked(shape: torch.Size, mask: Tensor, has_influence: Tensor) -> Site:
 
 def unconstraining(name: str, fn: Distribution) -> Transform:
     """The transform from unconstrained coordinates to the support of a site."""
-    support = fn.support
-    if isinstance(plain(fn), VonMises):  # periodic on the real line, which torch names as its support
-        support = constraints.interval(-math.pi, math.pi)
+    support = circle_of(fn) or fn.support
     if getattr(support, "is_discrete", False):
         remedy = "decorate the model with pyro.infer.config_enumerate, so that the site is summed over"
         if not getattr(fn, "has_enumerate_support", False):

@@ -269,6 +269,72 @@ def test_an_angle():
     assert guide.sample(1000)["a"].abs().max() < math.pi
 
 
+HOURS = torch.distributions.AffineTransform(0.0, 12 / math.pi)
+
+ANGLES = {
+    "skewed": (lambda: dist.SineSkewed(dist.VonMises(P2, 1 + P2).to_event(1), torch.tensor([0.2, 0.5])), math.pi),
+    "two": (lambda: dist.SineBivariateVonMises(0.3, -0.5, 1.0, 2.0, correlation=torch.tensor(0.5)), math.pi),
+    "masked": (lambda: dist.VonMises(P2, 1 + P2).mask(torch.tensor(True)).expand([2]).to_event(1), math.pi),
+    "mixture": (
+        lambda: dist.MixtureSameFamily(dist.Categorical(P2), dist.VonMises(P2, 1 + P2)).expand([2]).to_event(1),
+        math.pi,
+    ),
+    "hours": (lambda: dist.TransformedDistribution(dist.VonMises(P2, 1 + P2), [HOURS]).to_event(1), 12.0),
+}
+P2 = torch.tensor([0.4, 0.6])
+
+
+@pytest.mark.parametrize("kind", ANGLES)
+def test_densities_of_angles_repeat_themselves(kind):
+    """Pyro names the real line as their support, on which they have no finite mass: log evidences of 2 and 5 came."""
+    make, half = ANGLES[kind]
+
+    def model():
+        a = pyro.sample("a", make())
+        pyro.sample("y", dist.Normal((a * math.pi / half).cos(), 0.8).to_event(1), obs=torch.tensor([0.7, 0.1]))
+
+    line = torch.linspace(-half, half, 401)[:-1]
+    grid = torch.cartesian_prod(line, line)
+    likelihood = dist.Normal((grid * math.pi / half).cos(), 0.8).to_event(1).log_prob(torch.tensor([0.7, 0.1]))
+    exact = ((make().log_prob(grid) + likelihood).double().logsumexp(0) + 2 * (line[1] - line[0]).log()).item()
+    guide = fitted(model, num_steps=100)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(exact, abs=0.06)
+    assert guide.sample(1000)["a"].abs().max() <= half
+
+
+TRIL = torch.eye(2).repeat(2, 1, 1)
+MIXTURES = {
+    "real": lambda: dist.Normal(torch.tensor([-0.5, 1.0]), torch.tensor([0.5, 1.0])),
+    "vectors": lambda: dist.MultivariateNormal(torch.tensor([[-0.5, 0.0], [1.0, 1.0]]), scale_tril=TRIL),
+    "positive": lambda: dist.Gamma(torch.tensor([2.0, 5.0]), torch.tensor([1.0, 4.0])),
+    "bounded": lambda: dist.Beta(torch.tensor([2.0, 5.0]), torch.tensor([4.0, 2.0])),
+    "bounded events": lambda: dist.Uniform(torch.zeros(2, 3), torch.ones(2, 3)).to_event(1),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_as_a_prior(kind):
+    """Torch knows no unconstrained coordinates for the support of a mixture."""
+
+    def model():
+        with pyro.plate("rows", 2):
+            pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(P2), MIXTURES[kind]()))
+
+    guide = fitted(model, num_steps=150)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(0.0, abs=0.1)
+    prior = dist.MixtureSameFamily(dist.Categorical(P2), MIXTURES[kind]())
+    torch.testing.assert_close(guide.sample(4000)["z"].mean((0, 1)), prior.mean, rtol=0.1, atol=0.1)
+
+
+def test_a_mixture_of_several_supports_is_refused():
+    def model():
+        components = dist.Uniform(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 3.0]))
+        pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(P2), components))
+
+    with pytest.raises(ValueError, match=r"'z' has the support MixtureSameFamilyConstraint.*no unconstrained coord"):
+        rn.AutoRealNVP(model).build()
+
+
 # -- hierarchies -------------------------------------------------------------------------------------------------------
 
 

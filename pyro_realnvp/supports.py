@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supports of distributions that torch and Pyro do not name, or not as the density is."""
+
+import copy
+import math
+
+import pyro.distributions as dist
+import torch
+from torch import distributions as td
+from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import MixtureSameFamilyConstraint
+
+from .bijections.shapes import of_entries
+
+_ANGLES = (td.VonMises, dist.SineBivariateVonMises)
+_WRAPPERS = (td.Independent, dist.MaskedDistribution, dist.ExpandedDistribution, dist.SineSkewed)
+
+
+def circle_of(fn: td.Distribution) -> constraints.Constraint | None:
+    """One period of a density of angles, which repeats itself on the real line, where torch and Pyro see its support.
+
+    None for any other distribution.
+    """
+    if isinstance(fn, _ANGLES):
+        return constraints.interval(-math.pi, math.pi)
+    if isinstance(fn, _WRAPPERS):
+        return circle_of(fn.base_dist)
+    if isinstance(fn, td.MixtureSameFamily):
+        return circle_of(fn.component_distribution)
+    if isinstance(fn, dist.MaskedMixture):
+        return circle_of(fn.component0) or circle_of(fn.component1)
+    if isinstance(fn, td.TransformedDistribution):
+        return _image(circle_of(fn.base_dist), td.ComposeTransform(fn.transforms))
+    return None
+
+
+def _image(circle: constraints.Constraint | None, transform: td.Transform) -> constraints.Constraint | None:
+    """What a monotone function of each entry makes of an interval."""
+    if circle is None:
+        return None
+    try:
+        rises = torch.as_tensor(transform.sign) > 0
+    except (NotImplementedError, AttributeError):
+        return None
+    ends = circle.lower_bound, circle.upper_bound
+    first, last = (transform(torch.as_tensor(end, dtype=torch.get_default_dtype())) for end in ends)
+    return constraints.interval(torch.where(rises, first, last), torch.where(rises, last, first))
+
+
+@biject_to.register(MixtureSameFamilyConstraint)
+def _biject_to_mixture(support: MixtureSameFamilyConstraint) -> td.Transform:
+    """The unconstrained coordinates of a mixture whose components have one support."""
+    of_components = support.base_constraint
+    entries = of_entries(of_components)
+    for name in ("lower_bound", "upper_bound"):
+        bound = getattr(entries, name, None)
+        if isinstance(bound, torch.Tensor):
+            if bound.unique().numel() > 1:
+                raise NotImplementedError("the components of a mixture have bounds of their own")
+            entries = copy.copy(entries)
+            setattr(entries, name, bound.flatten()[0])
+    more = of_components.event_dim - entries.event_dim
+    return biject_to(constraints.independent(entries, more) if more else entries)
