@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guide for local latents: an encoder reads the data of each row and gives the context of a flow."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -21,7 +22,7 @@ from .base import GuideBase, are_same, quantiles_of
 from .density import LogDensity
 from .mapping import map_over
 from .relative import plain
-from .sites import Rows, Site, unconstraining, unpack
+from .sites import Rows, Site, batch_mask, unconstraining, unpack
 
 
 class AmortizedRealNVP(GuideBase, AutoGuide):
@@ -104,14 +105,19 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             value = inverse(site["value"])
             event_dim = value.dim() - site["value"].dim() + site["fn"].event_dim
             self._sites[name] = Site(value.shape[value.dim() - event_dim :])
+        self._has_masks: bool = any(isinstance(site["mask"], Tensor) for _, site in sites)
+        if self._has_masks:
+            self._check_masks(args, kwargs)
         dim = sum(site.size for site in self._sites.values())
         parts = [ConditionalAffine(dim, self.context_dim)]
         if dim > 1:
             parts.insert(0, real_nvp(dim, context_dim=self.context_dim, **self._options))
         self.flow: Flow = Flow(Compose(parts)).to(value)
 
-    def _nodes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        return LogDensity(self.plain_model, args, kwargs, latents=()).trace.nodes
+    def _nodes(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: dict[str, Tensor] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        return LogDensity(self.plain_model, args, kwargs, values=rows, latents=()).trace.nodes
 
     def _check_supports(self, nodes: Mapping[str, dict[str, Any]]) -> None:
         """Raises an error where the support of a site is not that of the first row of the prototype."""
@@ -123,6 +129,29 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                     "learned, but the guide is made for rows that come later: draw it on one support, such as "
                     "Uniform(0, 1), and rescale it in the model"
                 )
+
+    def _check_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises an error where a latent has no prior, because of a mask, and yet the density depends on it."""
+        density = LogDensity(self.plain_model, args, kwargs)
+        for name, site in density.sites.items():
+            mask = batch_mask(density.trace.nodes[name])
+            if mask is not None and (site.mask is None or (site.mask & ~mask).any()):
+                raise ValueError(
+                    f"the prior of the latent site {name!r} is masked in rows whose density depends on it: mask what "
+                    "depends on it, too"
+                )
+
+    def _masks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], plates: Mapping[str, pyro.plate]
+    ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
+        """Which rows the model counts at all, and which of them at each latent site. None for all."""
+        if not self._has_masks or self._plain_model is None:
+            return None, dict.fromkeys(self._sites)
+        nodes = self._nodes(args, kwargs, {name: plate.indices for name, plate in plates.items()})
+        masks = {name: batch_mask(nodes[name]) for name in self._sites}
+        if any(mask is None for mask in masks.values()):
+            return None, masks
+        return torch.stack(torch.broadcast_tensors(*masks.values())).any(0), masks
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.Distribution:
         """The distribution of each row's latents in unconstrained coordinates.
@@ -158,15 +187,18 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                 frame.name: pyro.plate(frame.name, context.shape[frame.dim - 1], dim=frame.dim)
                 for frame in self._frames
             }
+        counted, masks = self._masks(args, kwargs, plates)
         with ExitStack() as stack:
             for frame in self._frames:
                 stack.enter_context(plates[frame.name])
+            if counted is not None:
+                stack.enter_context(poutine.mask(mask=counted))
             if given:
                 context = encoder(*args, **kwargs)
             self._check_context(context, plates)
             posterior = self._posterior(context)
             latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
-            return dict(self._unpack(latent))
+            return dict(self._unpack(latent, masks))
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -206,15 +238,21 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                 f"{[frame.name for frame in self._frames]}; got {tuple(context.shape)}"
             )
 
-    def _unpack(self, latent: Tensor):
+    def _unpack(self, latent: Tensor, masks: dict[str, Tensor | None]):
         """Splits the draws of the flow into the sites, and yields each site's name and its value in the model.
 
-        The flow's density is one of unconstrained values, so each site adds the ladj of the inverse transform.
+        The flow's density is one of unconstrained values, so each site adds the ladj of the inverse transform. What is
+        no latent in a row, such as an entry that is observed there, has a standard normal as its density: in the model
+        it has none, and the flow would grow without bound.
         """
         for name, part in unpack(latent, self._sites).items():
             site, fn = self._sites[name], self.prototype_trace.nodes[name]["fn"]
             value, ladj = site.constrain(name, fn, site.unpack(part))
-            yield name, pyro.sample(name, dist.Delta(value, log_density=-ladj, event_dim=fn.event_dim))
+            log_density = -ladj
+            if masks[name] is not None:
+                log_normal = -(part.square() + math.log(2 * math.pi)).sum(-1) / 2
+                log_density = torch.where(masks[name], log_density, -log_normal)
+            yield name, pyro.sample(name, dist.Delta(value, log_density=log_density, event_dim=fn.event_dim))
 
 
 def _at_one(name: str, site: dict[str, Any]) -> Tensor:

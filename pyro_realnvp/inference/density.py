@@ -94,6 +94,7 @@ class LogDensity:
     def _influence(self, sites: dict[str, Site]) -> dict[str, Tensor]:
         """Which entries of the sites' values change the log-density, at the values in the trace or near them."""
         nodes = self.trace.nodes
+        rows = {name: nodes[name]["value"] for name in self.plates}  # the masks in the trace are theirs
         influence = {name: torch.zeros_like(nodes[name]["value"], dtype=torch.bool) for name in sites}
         for noise in (0.0, 0.3, 1.0, 3.0):
             values = {}
@@ -102,7 +103,7 @@ class LogDensity:
                 near = unconstraining(name, fn).inv(nodes[name]["value"].detach())
                 values[name] = site.constrain(name, fn, near + noise * torch.randn_like(near))[0].requires_grad_()
             with torch.enable_grad():
-                log_p = self.one(values)
+                log_p = self.one(values, rows)
             if log_p.requires_grad:
                 gradients = torch.autograd.grad(log_p, list(values.values()), materialize_grads=True)
                 for name, gradient in zip(values, gradients):

@@ -164,6 +164,58 @@ def test_latents_of_subsampled_rows_are_validated_with_their_own_draws():
         rn.diagnose(guide, x)
 
 
+class SeenEncoder(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 8)
+
+    def forward(self, x, seen, size=None):
+        x, seen = pyro.subsample(x, event_dim=0), pyro.subsample(seen, event_dim=0)
+        return super().forward(torch.stack([x * seen, seen.float()], -1)).tanh()
+
+
+def missing(x, seen, size=None):
+    with pyro.plate("rows", len(x), subsample_size=size):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        x, seen = pyro.subsample(x, event_dim=0), pyro.subsample(seen, event_dim=0)
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x, obs_mask=seen)
+
+
+def masked(x, seen, size=None):
+    with pyro.plate("rows", len(x), subsample_size=size):
+        x, seen = pyro.subsample(x, event_dim=0), pyro.subsample(seen, event_dim=0)
+        with poutine.mask(mask=seen):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 0.5), obs=x)
+
+
+@pytest.mark.parametrize("size", [None, 50])
+@pytest.mark.parametrize("model", [missing, masked])
+def test_what_a_mask_takes_out_has_no_entropy(model, size):
+    """An ELBO of 1057 came, where the evidence is -143, since what is masked in the model grew without bound."""
+    x = 1.25**0.5 * torch.randn(200)
+    seen = torch.arange(200) % 2 == 0
+    plates = {} if size is None else {"create_plates": lambda x, seen, size: pyro.plate("rows", 200, size, dim=-1)}
+    guide = rn.AmortizedRealNVP(model, SeenEncoder(), context_dim=8, num_couplings=2, **plates)
+    history = rn.fit_guide(guide, x, seen, size=size, num_steps=300, seed=0, progress=False)
+    evidence = dist.Normal(0.0, 1.25**0.5).log_prob(x[seen]).sum().item()
+    assert history.best_loss == pytest.approx(-evidence, abs=1.5 if size is None else 3.0)
+    if size is None:
+        deviations = guide.sample(1000, x, seen)["z"].std(0).reshape(200, -1)[seen, 0]
+        torch.testing.assert_close(deviations, torch.full((100,), 0.2**0.5), rtol=0.15, atol=0)
+
+
+def test_a_latent_without_a_prior_is_refused():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(True))
+            with poutine.mask(mask=x[:, 0] > 0):
+                w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + w, 0.5), obs=x[:, 0])
+
+    with pytest.raises(ValueError, match="the prior of the latent site 'w' is masked"):
+        rn.AmortizedRealNVP(model, RowsEncoder(1, 4), context_dim=4).build(torch.randn(10, 1))
+
+
 def test_a_support_that_changes_from_call_to_call_is_refused():
     def model(x, high=1.0):
         with pyro.plate("rows", len(x)):
