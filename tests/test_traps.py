@@ -517,9 +517,12 @@ def test_parameters_that_were_only_lent_are_not_remembered():
         torch.testing.assert_close(flow.inv(y), flow.inv(y.clone()), rtol=0, atol=0)
 
 
-def test_threads_share_a_flow():
-    """A bijection remembers its last evaluation, and must not mix up those of several threads."""
-    flow = perturb(rn.Flow(small(2, hidden_dims=(16,)))).eval()
+@pytest.mark.parametrize("foreign", [None, T.affine_coupling, T.spline_coupling, T.affine_autoregressive])
+def test_threads_share_a_flow(foreign):
+    """A bijection remembers its last evaluation, and must not mix up those of several threads. Nor must it let them
+    meet in a transform of Pyro's, which keeps on itself what its log-determinant needs."""
+    parts = [small(2, hidden_dims=(16,))] + ([] if foreign is None else [foreign(2, hidden_dims=[8])])
+    flow = perturb(rn.Flow(rn.Compose(parts))).eval()
     answers, errors = [], []
 
     def serve():

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter that makes a bijection of a transform of Pyro or torch."""
 
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from pyro.distributions.transforms import ELUTransform
@@ -15,6 +17,9 @@ from torch.distributions.transforms import AffineTransform, CatTransform, Reshap
 from .bijection import Bijection
 from .memo import own_attributes
 from .shapes import sum_events
+
+
+_ONE_THREAD = threading.RLock()
 
 
 class Foreign(Bijection):
@@ -42,21 +47,21 @@ class Foreign(Bijection):
         return self._current().sign
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        transform = self._current()
-        _drop_cache(transform)  # The cache may be stale.
-        y = transform(x)
-        ladj = self._log_det(x, y)
-        # A filled cache would keep the graph alive, and the transform could not be copied.
-        _drop_cache(transform)
-        return y, ladj
+        return self._run(x, forward=True)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        transform = self._current()
-        _drop_cache(transform)
-        x = transform.inv(y)
-        ladj = -self._log_det(x, y)
-        _drop_cache(transform)
-        return x, ladj
+        return self._run(y, forward=False)
+
+    def _run(self, value: Tensor, *, forward: bool) -> tuple[Tensor, Tensor]:
+        # Pyro's transforms keep on themselves what their log-determinant needs, where another thread would replace it.
+        with nullcontext() if torch.compiler.is_compiling() else _ONE_THREAD:
+            transform = self._current()
+            _drop_cache(transform)  # The cache may be stale.
+            output = (transform if forward else transform.inv)(value)
+            ladj = self._log_det(value, output) if forward else -self._log_det(output, value)
+            # A filled cache would keep the graph alive, and the transform could not be copied.
+            _drop_cache(transform)
+        return output, ladj
 
     def _current(self) -> Transform:
         """The transform, with the parameters that this module has now: `functional_call` replaces them."""
