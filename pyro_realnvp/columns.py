@@ -211,11 +211,11 @@ def _lattice(dim: int) -> np.ndarray:
 
 
 def check_weights(sample_weight: ArrayLike, X: np.ndarray) -> np.ndarray:
-    """A weight for each row, checked. (The check that scikit-learn uses itself is private.)"""
+    """A weight of at most 1 for each row, checked. (The check that scikit-learn uses itself is private.)"""
     weights = np.full(len(X), sample_weight) if isinstance(sample_weight, numbers.Number) else sample_weight
-    weights = check_array(weights, dtype=X.dtype, ensure_2d=False, input_name="sample_weight")
+    weights = check_array(weights, dtype=np.float64, ensure_2d=False, input_name="sample_weight")
     if weights.shape != (len(X),):
         raise ValueError(f"expected sample_weight of shape ({len(X)},); got {weights.shape}")
     if (weights < 0).any() or not (weights > 0).any():
         raise ValueError("expected sample weights >= 0, at least one of them positive; got negative ones, or all zero")
-    return weights
+    return (weights / weights.max()).astype(X.dtype)  # so that no sum of squares overflows

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .columns import Columns, check_weights
 from .distributions import Flow
+from .extremes import fit_scaler
 from .table_flows import candidates, fading_noise, is_better, mixture_start, refit
 from .ties import warn_of_ties
 from .training.history import History
@@ -159,8 +160,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             is_trained_on = np.isin(np.arange(len(X)), rows)
             weights = is_trained_on if sample_weight is None else is_trained_on * sample_weight
             check_consistent_length(X, check_array(context, input_name="context"))
-            self.context_scaler_: StandardScaler = StandardScaler().fit(context, sample_weight=weights)
-            self.context_scaler_.set_output(transform="default")
+            self.context_scaler_: StandardScaler = fit_scaler(context, weights, "context")
             self.n_context_in_ = self.context_scaler_.n_features_in_
         columns = (X, self._standard_context(context), sample_weight)
         train, apart = ([c if c is None else self._tensor(c[p]) for c in columns] for p in (rows, held_out))

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from .bases import MixtureBase
+from .bijections.bijection import Bijection
 from .bijections.compose import Compose
 from .bijections.elementwise import Standardize, Unbound
 from .bijections.linear import TriangularAffine, triangular_root
 from .columns import Columns
 from .distributions import Flow
+from .extremes import typical_weights, warn_of_extremes
 from .flows import real_nvp, spline_flow
 from .mixtures import are_many
 
@@ -38,19 +40,23 @@ def candidates(
     if num_components != "auto" and not isinstance(num_components, numbers.Integral):
         raise ValueError(f"expected num_components to be 'auto' or a number; got {num_components!r}")
 
+    dim, options = x.shape[1], {"context_dim": context_dim, "hidden_dims": hidden_dims}
+    fixed, typical = _to_table(columns, x, weights)
+
     def make() -> Compose:
-        return _bijection(columns, x, weights, context_dim, num_couplings, hidden_dims)
+        learned = real_nvp(dim, num_couplings=num_couplings, **options) if dim > 1 else spline_flow(**options)
+        return Compose([learned, *copy.deepcopy(fixed)]).to(x)
 
     bijection = make()
     if num_components == 1:
         return [Flow(bijection).to(x)]
     z = bijection.condition(x.new_zeros(context_dim)).inv(x).detach()
     if num_components == "auto":
-        base = MixtureBase.for_rows(z, weights, context_dim=context_dim, seed=seed)
+        base = MixtureBase.for_rows(z, typical, context_dim=context_dim, seed=seed)
         others = [Flow(make(), base=base).to(x)] if base.num_components > 1 else []
         return [Flow(bijection).to(x), *others]
-    base = MixtureBase(x.shape[1], num_components=num_components, context_dim=context_dim).to(x)
-    return [Flow(bijection, base=base.initialize(z, weights, seed=seed)).to(x)]
+    base = MixtureBase(dim, num_components=num_components, context_dim=context_dim).to(x)
+    return [Flow(bijection, base=base.initialize(z, typical, seed=seed)).to(x)]
 
 
 def mixture_start(flows: list[Flow]) -> Flow | None:
@@ -83,29 +89,23 @@ def refit(
     """
     x, context, weights = (None if a is None else torch.cat([a, b]) for a, b in zip(train, apart))
     z = flow(context).transform(x)
+    weights = typical_weights(z, weights)
     if num_components == "auto" and are_many(train[0], train[2]) == are_many(x, weights):
         flow.base = MixtureBase.for_rows(z, weights, context_dim=flow.base.context_dim, seed=seed)
     else:
         flow.base.initialize(z, weights, seed=seed)
 
 
-def _bijection(
-    columns: Columns,
-    x: Tensor,
-    weights: Tensor | None,
-    context_dim: int,
-    num_couplings: int,
-    hidden_dims: Sequence[int] | None,
-) -> Compose:
-    """From the base to the table: the learned bijection, then fixed maps that return to the units of the table."""
-    dim, options = x.shape[1], {"context_dim": context_dim, "hidden_dims": hidden_dims}
-    learned = real_nvp(dim, num_couplings=num_couplings, **options) if dim > 1 else spline_flow(**options)
+def _to_table(columns: Columns, x: Tensor, weights: Tensor | None) -> tuple[list[Bijection], Tensor | None]:
+    """The fixed maps with which a flow ends, to the units of the table; and the weights of the rows that set them."""
     low, high = (torch.tensor(bound, device=x.device) for bound in (columns.low, columns.high))
     bounds = [Unbound(low, high)] if (low.isfinite() | high.isfinite()).any() else []
     unbounded = Compose(bounds)(x) if bounds else x
-    standardize = Standardize(dim).to(x).fit(unbounded, weights)
-    parts = [learned, *_whitening(standardize(unbounded), weights), standardize.inv, *(f.inv for f in bounds)]
-    return Compose(parts).to(x)
+    warn_of_extremes(unbounded.cpu().numpy(), "X")
+    typical = typical_weights(unbounded, weights)
+    standardize = Standardize(x.shape[1]).to(x).fit(unbounded, typical)
+    whitening = _whitening(standardize(unbounded), typical)
+    return [*whitening, standardize.inv, *(f.inv for f in bounds)], typical
 
 
 def _whitening(z: Tensor, weights: Tensor | None) -> list[TriangularAffine]:
@@ -142,7 +142,9 @@ def fading_noise(
     to_data = Compose(
         [part for part in flow.bijection.parts[1:] if not any(p.requires_grad for p in part.parameters())]
     )
-    variances, directions = torch.linalg.eigh(torch.atleast_2d(to_data.inv(x).T.cov(aweights=weights)))
+    rows = to_data.inv(x)
+    covariance = rows.T.cov(aweights=typical_weights(rows, weights))
+    variances, directions = torch.linalg.eigh(torch.atleast_2d(covariance))
     factor = directions * variances.clamp(min=0).sqrt()
     steps, is_integer = itertools.count(), torch.from_numpy(columns.is_integer).to(x.device)
 

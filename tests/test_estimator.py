@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scikit-learn estimator, against its conventions and against known densities."""
 
+import math
 import pickle
 
 import joblib
@@ -287,7 +288,7 @@ def test_supports_by_the_numbers_that_label_columns():
         "too few": (["real"], "a support for each of the 2 columns; got 1"),
         "unknown name": ("natural", "expected 'real', 'positive', 'integer', .* got 'natural'"),
         "triple": ([(0, 1, 2), "real"], r"got \(0, 1, 2\)"),
-        "empty interval": ((3, 1), "lie outside"),
+        "empty interval": ((3, 1), "exchange or widen"),
         "name without names": ({"age": "positive"}, "name columns of 2; got 'age'"),
         "column too high": ({2: "positive"}, "got 2"),
     },
@@ -446,3 +447,38 @@ def test_threads_give_the_same_fit_and_leave_the_callers_generator_alone():
     drawn = torch.randn(3)
     torch.manual_seed(0)
     assert torch.equal(torch.randn(3), drawn)
+
+
+@pytest.mark.parametrize("where", ["rows", "contexts", "positive"])
+def test_a_few_extreme_rows_do_not_set_the_scales(where):
+    """A fill value for a context made the estimator ignore the contexts, and one in X cost three nats."""
+    rng = np.random.default_rng(0)
+
+    def draw(num):
+        c = rng.normal(size=(num, 1))
+        return np.hstack([c + 0.1 * rng.normal(size=(num, 1)), rng.normal(size=(num, 1))]), c
+
+    (X, C), (test, test_C) = draw(600), draw(2000)
+    entropy = 1 + math.log(2 * math.pi) + math.log(0.1)
+    density = rn.RealNVPDensity(num_couplings=4, num_steps=400, random_state=0)
+    if where == "positive":  # in whose coordinates the row is an ordinary one
+        density.set_params(support={1: "positive"})
+        X[:, 1], test[:, 1] = np.exp(X[:, 1]), np.exp(test[:, 1])
+        X[7, 1] = 1e2
+        density.fit(X, context=C)
+    else:
+        (C if where == "contexts" else X)[7, 0] = 1e6
+        with pytest.warns(RuntimeWarning, match=f"1 of .* rows of {'context' if where == 'contexts' else 'X'} hold"):
+            density.fit(X, context=C)
+    # A row that is far away takes most of the steps in which it is met.
+    assert density.score(test, context=test_C) > -entropy - (1.0 if where == "rows" else 0.15)
+
+
+def test_the_scale_of_large_weights_does_not_matter():
+    """Sums of their squares overflowed in float32."""
+    X = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
+    one, other = (
+        rn.RealNVPDensity(num_steps=5, random_state=0).fit(X, sample_weight=np.full(100, w)).score(X)
+        for w in (1.0, 1e30)
+    )
+    assert one == pytest.approx(other)

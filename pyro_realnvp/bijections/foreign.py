@@ -18,7 +18,6 @@ from .bijection import Bijection
 from .memo import own_attributes
 from .shapes import sum_events
 
-
 _ONE_THREAD = threading.RLock()
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a guide of all latents of a model needs beside its distribution: their coordinates."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -18,7 +17,7 @@ from ..bijections.bijection import Bijection
 from ..bijections.compose import Compose
 from ..distributions import FlowDistribution
 from .agreement import check_finite
-from .base import GuideBase, are_same, quantiles_of
+from .base import GuideBase, are_same, give_to_a_site, quantiles_of
 from .coordinates import FromRelative
 from .density import LogDensity
 from .mapping import map_each
@@ -143,7 +142,7 @@ class AllLatents(GuideBase, AutoContinuous):
         Raises:
             ValueError: the model has other latents.
         """
-        own, others = ({name: _describe(site) for name, site in s.items()} for s in (self.sites, density.sites))
+        own, others = ({name: site.layout for name, site in s.items()} for s in (self.sites, density.sites))
         if own != others:
             raise ValueError(
                 f"the guide has the latents {_sizes(self.sites)}, and the model with these arguments "
@@ -231,7 +230,7 @@ class AllLatents(GuideBase, AutoContinuous):
         values, ladjs = self._constrain(latent, args, kwargs)
         posterior = self.get_posterior(*args, **kwargs)
         if not posterior.has_rsample:
-            self._give_to_a_site(posterior.log_prob(latent), ladjs)
+            give_to_a_site(f"_{self._pyro_name}_log_q", posterior.log_prob(latent), ladjs)
         draws = {}
         for name, value in values.items():
             event_dim = self.prototype_trace.nodes[name]["fn"].event_dim
@@ -241,17 +240,6 @@ class AllLatents(GuideBase, AutoContinuous):
                     stack.enter_context(plates[frame.name])
                 draws[name] = pyro.sample(name, dist.Delta(value, log_density=-ladj, event_dim=event_dim))
         return draws
-
-    def _give_to_a_site(self, log_q: Tensor, ladjs: dict[str, Tensor]) -> None:
-        """Counts log q of the draw at the first site of the model, and no longer at the draw.
-
-        The gradient of a draw without rsample needs log p - log q, in which Pyro's Trace_ELBO counts only sites that
-        the model has, too. The sum over all sites stays as it is.
-        """
-        first, ladj = next(iter(ladjs.items()))
-        num = math.prod(ladj.shape[log_q.dim() :])  # elements of the site
-        ladjs[first] = ladj - log_q.reshape(log_q.shape + (1,) * (ladj.dim() - log_q.dim())) / num
-        pyro.factor(f"_{self._pyro_name}_log_q", -log_q, has_rsample=True)
 
     def _constrain(
         self, points: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -302,10 +290,6 @@ class AllLatents(GuideBase, AutoContinuous):
     ) -> dict[str, Tensor]:
         """Quantiles of each latent, ``(len(quantiles),) + site shape``, estimated from draws."""
         return quantiles_of(self.sample(num_samples), quantiles)
-
-
-def _describe(site: Site) -> tuple:
-    return site.shape, None if site.entries is None else site.entries.tolist()
 
 
 def _sizes(sites: dict[str, Site]) -> dict[str, int]:

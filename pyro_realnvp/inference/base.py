@@ -3,6 +3,7 @@
 
 import copy
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -212,6 +213,18 @@ def are_same(arguments: tuple[tuple, dict] | None, others: tuple[tuple, dict]) -
         return False
     pairs = [*zip(arguments[0], others[0]), *((arguments[1][name], value) for name, value in others[1].items())]
     return all(one is other for one, other in pairs)
+
+
+def give_to_a_site(name: str, log_q: Tensor, ladjs: dict[str, Tensor]) -> None:
+    """Counts the log-density of a draw of all latents at the first of their sites, and takes it away at a new site.
+
+    The gradient of a draw without rsample needs log p - log q, in which Pyro's Trace_ELBO counts only sites that the
+    model has, too.
+    """
+    first, ladj = next(iter(ladjs.items()))
+    num_elements = math.prod(ladj.shape[log_q.dim() :])
+    ladjs[first] = ladj - log_q.reshape(log_q.shape + (1,) * (ladj.dim() - log_q.dim())) / num_elements
+    pyro.factor(name, -log_q, has_rsample=True)
 
 
 def _copy(name: str, value: Tensor, target: Tensor) -> None:

@@ -31,6 +31,11 @@ class Site(NamedTuple):
     def size(self) -> int:
         return self.shape.numel() if self.entries is None else len(self.entries)
 
+    @property
+    def layout(self) -> tuple:
+        """What two sites share whose vectors mean the same."""
+        return self.shape, None if self.entries is None else self.entries.tolist()
+
     def pack(self, value: Tensor) -> Tensor:
         """The vector of the latent entries of an unconstrained value."""
         flat = value.reshape(-1)
