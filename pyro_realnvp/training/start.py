@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..bases import MixtureBase
 from ..bijections.compose import Compose
 from ..bijections.elementwise import Standardize
+from ..bijections.shapes import for_inner_axes
 from ..distributions import Flow
 from .rows import Batch
 from .snapshots import Modes
@@ -28,18 +29,18 @@ def start(flow: nn.Module, some: Callable[[], Batch], *, standardize: bool) -> N
     that a flow would not get there.) A new :class:`MixtureBase` is initialized.
 
     Args:
-        flow: the flow to train. Only a :class:`Flow` of vectors changes.
+        flow: the flow to train. Only a :class:`Flow` of vectors, or of several of them, changes.
         some: returns some of the rows to train on.
         standardize: whether such layers may be added.
     """
-    if not isinstance(flow, Flow) or len(flow.event_shape) != 1:
+    if not isinstance(flow, Flow) or not flow.event_shape or flow.bijection.codomain.event_dim > 1:
         return
     modes, batch = Modes(flow), some()
     flow.eval()
     for name, values in zip(Batch._fields[:2], batch):
         _warn_of_fill_values(name, values)
-    if standardize and batch.context is not None and flow.embedding is None:
-        _standardize_context(flow, batch.context)
+    if standardize and batch.context is not None:
+        _standardize_context(flow, batch)
     if standardize:
         _standardize_rows(flow, batch)
         _standardize_base(flow, batch)
@@ -57,25 +58,44 @@ def _warn_of_fill_values(name: str, values: Tensor | None) -> None:
     extreme = (values - loc).abs() > _EXTREME * scale
     if extreme.any():
         warnings.warn(
-            f"{int(extreme.any(1).sum())} of {len(values)} rows of {name} hold values such as "
+            f"{int(extreme.flatten(1).any(1).sum())} of {len(values)} rows of {name} hold values such as "
             f"{values[extreme][0].item():.4g}, far beyond all others: if these are fill values, drop the rows",
             RuntimeWarning,
             stacklevel=5,
         )
 
 
-def _standardize_context(flow: Flow, context: Tensor) -> None:
+def _standardize_context(flow: Flow, batch: Batch) -> None:
+    context = batch.context
+    if context.dim() != 2 or not context.is_floating_point():  # sets, images or labels, for an embedding
+        return
     loc, scale = _location_and_scale(context)
     far = _far(loc, scale)
-    if far.any():
+    if not far.any() or not _is_permutation(*_learned_and_rows(flow, batch)):
+        return
+    given = f"columns {_few(far)} of the context are far from 0 or from the scale 1 ({_describe(loc, scale, far)})"
+    if flow.embedding is None:
         flow.embedding = _fitted(loc, scale)
         warnings.warn(
-            f"columns {_few(far)} of the context are far from 0 or from the scale 1 ({_describe(loc, scale, far)}), so "
-            f"the flow now has embedding=Standardize({len(loc)}), fitted to the contexts: build it so, or pass "
-            "standardize=False",
+            f"{given}, so the flow now has embedding=Standardize({len(loc)}), fitted to the contexts: build it so, or "
+            "pass standardize=False",
             RuntimeWarning,
             stacklevel=5,
         )
+    elif _is_passed_on(flow.embed(context)):
+        warnings.warn(
+            f"{given}, and the flow's embedding passes this on, so that the networks may learn nothing from it: begin "
+            f"the embedding with Standardize, as in torch.nn.Sequential(Standardize({len(loc)}).fit(context), "
+            "embedding), or pass standardize=False",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _is_passed_on(embedded: Tensor) -> bool:
+    """Whether an embedding leaves contexts far from 0 and the scale 1. (The outputs of a new network are small.)"""
+    loc, scale = _location_and_scale(embedded.flatten(1))
+    return bool(((loc.abs() > _FAR) | (scale > _FAR) | (scale < _FAR**-2)).any())
 
 
 def _standardize_rows(flow: Flow, batch: Batch) -> None:
@@ -84,11 +104,9 @@ def _standardize_rows(flow: Flow, batch: Batch) -> None:
     far = _far((loc - base_loc) / base_scale, scale / base_scale)
     if not far.any():
         return
-    learned, fixed = _split(flow)
-    rows = Compose(fixed).inv(batch.x) if fixed else batch.x
+    at_start, rows = _learned_and_rows(flow, batch)
     given = f"columns {_few(far)} of x are far from the base ({_describe(loc, scale, far)} in its coordinates)"
     dim = len(loc)
-    at_start = _condition(learned, flow, batch)
     if not _is_permutation(at_start, rows):
         warnings.warn(
             f"{given}, and the flow is no longer new: the training may not get there. To start anew, end a new flow in "
@@ -98,8 +116,9 @@ def _standardize_rows(flow: Flow, batch: Batch) -> None:
         )
         return
     loc, scale = _location_and_scale(rows)
-    base_loc, base_scale = (at_start(values.expand(len(rows), -1))[0] for values in (base_loc, base_scale))
+    base_loc, base_scale = (_first(at_start(values.expand_as(rows))) for values in (base_loc, base_scale))
     layer = _fitted(loc - scale / base_scale * base_loc, scale / base_scale)
+    learned, fixed = _split(flow)
     flow.bijection = Compose([learned, layer.inv, *fixed])
     if any(isinstance(module, Standardize) for part in fixed for module in part.modules()):
         remedy = "a few extreme rows have set the scale of its own Standardize, so look at them"
@@ -119,12 +138,11 @@ def _standardize_base(flow: Flow, batch: Batch) -> None:
     far = _far(loc, scale)
     if not far.any():
         return
-    learned, fixed = _split(flow)
-    rows = Compose(fixed).inv(batch.x) if fixed else batch.x
-    at_start = _condition(learned, flow, batch)
+    at_start, rows = _learned_and_rows(flow, batch)
     if not _is_permutation(at_start, rows):
         return
-    loc_of_rows, scale_of_rows = (at_start(values.expand(len(rows), -1))[0] for values in (loc, scale))
+    loc_of_rows, scale_of_rows = (_first(at_start(values.expand_as(rows))) for values in (loc, scale))
+    learned, fixed = _split(flow)
     flow.bijection = Compose([_fitted(loc, scale), learned, _fitted(loc_of_rows, scale_of_rows).inv, *fixed])
     dim = len(loc)
     warnings.warn(
@@ -153,8 +171,19 @@ def _split(flow: Flow) -> tuple[nn.Module, list[nn.Module]]:
     return (Compose(parts) if fixed else flow.bijection), fixed
 
 
+def _learned_and_rows(flow: Flow, batch: Batch) -> tuple[nn.Module, Tensor]:
+    """The learned bijection at the contexts of a batch, and the rows as they come out of it."""
+    learned, fixed = _split(flow)
+    return _condition(learned, flow, batch), Compose(fixed).inv(batch.x) if fixed else batch.x
+
+
 def _condition(bijection: nn.Module, flow: Flow, batch: Batch) -> nn.Module:
-    return bijection if batch.context is None else bijection.condition(flow.embed(batch.context))
+    extra_dims = len(flow.event_shape) - flow.bijection.codomain.event_dim
+    return (
+        bijection
+        if batch.context is None
+        else bijection.condition(for_inner_axes(flow.embed(batch.context), extra_dims))
+    )
 
 
 def _latents(flow: Flow, batch: Batch) -> Tensor:
@@ -162,8 +191,9 @@ def _latents(flow: Flow, batch: Batch) -> Tensor:
 
 
 def _moments(flow: Flow, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The mean and the standard deviation of the base; 0 and 1 if it has none, or will get them from the data."""
-    zero, one = torch.zeros(flow.event_shape).to(batch.x), torch.ones(flow.event_shape).to(batch.x)
+    """The mean and the standard deviation of each column of the base; 0 and 1 if it has none, or will get them from
+    the data."""
+    zero, one = torch.zeros(flow.event_shape[-1]).to(batch.x), torch.ones(flow.event_shape[-1]).to(batch.x)
     if isinstance(flow.base, MixtureBase) and (flow.base.needs_data or flow.base.context_dim):
         return zero, one
     base = flow.base()
@@ -172,7 +202,12 @@ def _moments(flow: Flow, batch: Batch) -> tuple[Tensor, Tensor]:
     except NotImplementedError:
         return zero, one
     loc, scale = (values.to(batch.x) for values in (loc, scale))  # of a base whose dtype is another than the flow's
-    return torch.where(loc.isfinite(), loc, 0.0), torch.where(scale.isfinite(), scale, 1.0)
+    loc, scale = torch.where(loc.isfinite(), loc, 0.0), torch.where(scale.isfinite(), scale, 1.0)
+    return loc.reshape(-1, len(zero)).mean(0), scale.reshape(-1, len(one)).mean(0)
+
+
+def _first(rows: Tensor) -> Tensor:
+    return rows.flatten(0, -2)[0]
 
 
 def _location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +215,7 @@ def _location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     If more than half of a column are ties, its scale is the largest distance from the median, as for a rare label.
     """
-    own = rows
+    own = rows = rows.flatten(0, -2)
     rows = rows[rows.isfinite().all(-1)].double()
     if not len(rows):
         return torch.zeros_like(own[0]), torch.ones_like(own[0])

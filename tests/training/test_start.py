@@ -149,6 +149,46 @@ def test_a_permutation_is_new(part):
     torch.testing.assert_close(draws.std(0), x.std(0), rtol=0.1, atol=0)
 
 
+def test_events_of_several_vectors():
+    """They trained in raw units, and were twice as far from the data as they had to be, without a word."""
+    x = 50 * torch.randn(1000, 3, 2) + 1000
+    flow = rn.Flow(small(2), event_shape=(3, 2))
+    with pytest.warns(RuntimeWarning, match=FAR):
+        run(flow, x)
+    entropy = 6 * (0.5 * math.log(2 * math.pi * math.e) + math.log(50))
+    assert -flow().log_prob(x).mean().item() == pytest.approx(entropy, abs=0.1)
+    conditional = rn.Flow(rn.real_nvp(2, num_couplings=2, context_dim=1), event_shape=(3, 2))
+    with pytest.warns(RuntimeWarning, match=FAR):
+        run(conditional, x, context=torch.randn(1000, 1), num_steps=10)
+    assert -conditional(torch.zeros(1000, 1)).log_prob(x).mean().item() == pytest.approx(entropy, abs=0.5)
+
+
+def test_an_embedding_that_passes_on_far_contexts():
+    """The flow learned nothing from them."""
+    z = torch.randn(500, 2)
+    context = 5000 + 100 * (z + 0.5 * torch.randn(500, 2))
+    network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+
+    def flow(*first):
+        embedding = torch.nn.Sequential(*first, network)
+        return rn.Flow(rn.real_nvp(2, num_couplings=2, context_dim=3), embedding=embedding)
+
+    with pytest.warns(RuntimeWarning, match=r"columns \[0, 1\] of the context .* begin the embedding with Standardize"):
+        run(flow(), z, context=context, num_steps=1)
+    run(flow(rn.Standardize(2).fit(context)), z, context=context, num_steps=1)
+
+
+def test_a_trained_flow_keeps_reading_its_own_contexts():
+    z = torch.randn(500, 2)
+    context = 30 * (z + 0.5 * torch.randn(500, 2))
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2, context_dim=2))
+    run(flow, z, context=context, num_steps=50, standardize=False)
+    before = flow(context).log_prob(z)
+    run(flow, z, context=context, num_steps=1, lr=1e-9)
+    assert flow.embedding is None
+    torch.testing.assert_close(flow(context).log_prob(z), before, rtol=0, atol=1e-3)
+
+
 def test_a_frozen_mixture_stays_as_it_is():
     flow = rn.Flow(small(2), base=rn.MixtureBase(2, num_components=3))
     before = flow.base.requires_grad_(False).start_locs.clone()
