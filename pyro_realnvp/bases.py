@@ -4,8 +4,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import pyro.distributions as dist
 import torch
+from numpy.typing import ArrayLike
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
@@ -213,7 +215,7 @@ class MixtureBase(nn.Module):
 
     @classmethod
     def for_rows(
-        cls, x: Tensor, weights: Tensor | None = None, *, context_dim: int = 0, seed: int = 0
+        cls, x: Tensor | np.ndarray, weights: ArrayLike | None = None, *, context_dim: int = 0, seed: int = 0
     ) -> "MixtureBase":
         """Returns a mixture, initialized from x, with a number of components that suits a flow of such rows.
 
@@ -231,12 +233,13 @@ class MixtureBase(nn.Module):
             >>> MixtureBase.for_rows(pieces).num_components
             2
         """
+        x = torch.as_tensor(x)
         best = choose_mixture(x, weights, seed)
         full = best.covariance_type != "diag"
         base = cls(x.shape[1], num_components=best.n_components, full=full, context_dim=context_dim).to(x)
         return base._start_at(best)
 
-    def initialize(self, x: Tensor, weights: Tensor | None = None, *, seed: int = 0) -> "MixtureBase":
+    def initialize(self, x: Tensor | np.ndarray, weights: ArrayLike | None = None, *, seed: int = 0) -> "MixtureBase":
         """Starts at the mixture of normals of :class:`sklearn.mixture.GaussianMixture`, fitted to x.
 
         Args:

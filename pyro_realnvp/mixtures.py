@@ -5,6 +5,8 @@ import threading
 import warnings
 
 import numpy as np
+import torch
+from numpy.typing import ArrayLike
 from sklearn.cluster import HDBSCAN
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
@@ -18,13 +20,13 @@ _MOST_CLUSTERED = 5000  # rows among which clusters are looked for
 _LEAST_CLUSTERED = 0.9
 
 
-def fit_mixture(x: Tensor, weights: Tensor | None, num_components: int, kind: str, seed: int) -> GaussianMixture:
+def fit_mixture(x: Tensor, weights: ArrayLike | None, num_components: int, kind: str, seed: int) -> GaussianMixture:
     rows, shares = _weighted_rows(x, weights, max(2, num_components))
     units = _Units(rows, shares)
     return units.restore(_fitted(units.standardize(rows), shares, num_components, kind, seed))
 
 
-def choose_mixture(x: Tensor, weights: Tensor | None, seed: int) -> GaussianMixture:
+def choose_mixture(x: Tensor, weights: ArrayLike | None, seed: int) -> GaussianMixture:
     """A mixture whose number of components suits a flow of such rows: see :meth:`MixtureBase.for_rows`."""
     rows, shares = _weighted_rows(x, weights, 2)
     units = _Units(rows, shares)
@@ -39,19 +41,23 @@ def choose_mixture(x: Tensor, weights: Tensor | None, seed: int) -> GaussianMixt
     return units.restore(min(found, key=lambda mixture: (mixture.has_collapsed(rows), mixture.bic(rows))))
 
 
-def are_many(x: Tensor, weights: Tensor | None) -> bool:
+def are_many(x: Tensor, weights: ArrayLike | None) -> bool:
     """Whether a mixture of such rows has a normal for each cluster, instead of as many as an information criterion."""
     return bool(_worth(_weighted_rows(x, weights, 2)[1]) >= _MANY_ROWS)
 
 
-def _weighted_rows(x: Tensor, weights: Tensor | None, least: int) -> tuple[np.ndarray, np.ndarray]:
+def _weighted_rows(x: Tensor, weights: ArrayLike | None, least: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows that count, and the share of each in the sum of all weights."""
-    rows = x.detach().double().cpu().numpy()
-    weights = np.ones(len(rows)) if weights is None else weights.detach().double().cpu().numpy()
+    rows = _array(x)
+    weights = np.ones(len(rows)) if weights is None else _array(weights)
     counted = weights > 0
     if counted.sum() < least:
         raise ValueError(f"expected {least} rows or more, of positive weight; got {counted.sum()} of {len(rows)}")
     return rows[counted], weights[counted] / weights.sum()
+
+
+def _array(values: ArrayLike) -> np.ndarray:
+    return torch.as_tensor(values).detach().double().cpu().numpy()
 
 
 class _Units:

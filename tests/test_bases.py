@@ -100,6 +100,14 @@ def test_the_mixture_does_not_depend_on_the_units(unit):
         torch.testing.assert_close(other().log_prob(units * x), log_p, rtol=1e-6, atol=1e-6)
 
 
+def test_rows_and_weights_may_be_arrays():
+    x, weights = torch.randn(50, 2, dtype=torch.float64), torch.rand(50)
+    expected = rn.MixtureBase.for_rows(x, weights)().log_prob(x)
+    torch.testing.assert_close(rn.MixtureBase.for_rows(x.numpy(), weights.tolist())().log_prob(x), expected)
+    base = rn.MixtureBase(2, num_components=2).double().initialize(x.numpy(), weights.numpy())
+    assert base().log_prob(x).isfinite().all()
+
+
 def test_for_rows_takes_few_rows_for_one_normal():
     """The likelihood of two rows to a normal has no bound."""
     for seed in range(10):

@@ -113,8 +113,9 @@ def _check_gradient(density: LogDensity, point: Tensor, rows: dict[str, Tensor])
         if all(is_wrong(size * direction) for size in _STEPS):
             raise ValueError(
                 f"the log-density changes with the latent {name!r} in another way than its gradient says: the model "
-                "detaches the latent, by torch.tensor(...), .item(), .detach() or numpy. Use torch.stack and other "
-                "operations of torch"
+                "detaches the latent, by torch.tensor(...), .item(), .detach() or numpy, or its density jumps, as by "
+                "torch.where(t < latent, a, b). Use torch.stack and other operations of torch; in place of a jump, use "
+                "torch.sigmoid((latent - t) / width), or a discrete latent that config_enumerate sums over"
             )
 
 

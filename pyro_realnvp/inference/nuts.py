@@ -14,6 +14,7 @@ from torch import Tensor
 from ..training.progress import Progress
 from .posterior import PosteriorSamples
 from .pulled_back import PulledBack, never_finite
+from .traces import check_gradients
 
 _MOST_STARTS = 100
 
@@ -72,6 +73,7 @@ def neutra(
     """
     if num_samples < 4 or num_chains < 1:
         raise ValueError(f"expected num_samples >= 4 and num_chains >= 1; got {num_samples} and {num_chains}")
+    check_gradients(neutra)
     started = time.perf_counter()
     target = PulledBack(neutra, guide, args, kwargs, model)
 

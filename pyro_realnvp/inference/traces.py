@@ -43,6 +43,14 @@ def _is_wrapped_by_pyro(model: Callable) -> bool:
     return len(args) > 1 and isinstance(args[0], InitMessenger)
 
 
+def check_gradients(function: Callable) -> None:
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function.__name__} needs gradients, which are disabled here: call it outside of torch.no_grad() and "
+            "torch.inference_mode()"
+        )
+
+
 def check_argument_names(model: Callable, function: Callable, args: tuple[Any, ...]) -> None:
     """Raises an error where an option of ours would take a keyword argument of the model's, and the model miss it."""
     try:

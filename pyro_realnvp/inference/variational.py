@@ -22,7 +22,7 @@ from .base import GuideBase
 from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
 from .relative import plain
-from .traces import check_argument_names, learned_parameters, model_of, values_of
+from .traces import check_argument_names, check_gradients, learned_parameters, model_of, values_of
 
 _TOLERANCE = 0.01  # nats, which validation cannot tell from its noise
 _FEWEST_PER_PASS = 64  # draws that each pass over the rows of subsampled plates takes in a validation
@@ -113,6 +113,7 @@ def fit_guide(
     """
     model = model_of(guide, model)
     check_argument_names(model, fit_guide, args)
+    check_gradients(fit_guide)
     options = LoopOptions(
         num_steps=num_steps,
         lr=lr,

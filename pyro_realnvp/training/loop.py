@@ -151,6 +151,9 @@ class Training:
         self.optimizer.zero_grad()
         step_loss.backward()
         grads = [p.grad for p in self.parameters if p.grad is not None]
+        if not grads:
+            remedy = "Pyro's store may hold other tensors under their names: call pyro.clear_param_store()"
+            raise RuntimeError(f"the loss depends on none of the {len(self.parameters)} parameters: {remedy}")
         total_norm = torch.cat([grad.flatten() for grad in grads]).norm()
         # The mean is finite only if it is so in all processes, so all of them skip the same steps.
         value, norm = distributed.mean(torch.stack([step_loss.detach(), total_norm])).tolist()

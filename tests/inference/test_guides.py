@@ -191,6 +191,34 @@ def test_pyros_svi(make):
     assert guide.is_trained
 
 
+def test_disabled_gradients_are_named():
+    guide = fitted(two_modes, num_steps=2)
+    for function in (rn.fit_guide, rn.neutra):
+        for off in (torch.no_grad, torch.inference_mode):
+            with off(), pytest.raises(RuntimeError, match=f"{function.__name__} needs gradients, which are disabled"):
+                function(guide, progress=False)
+
+
+def test_a_guide_whose_names_belong_to_other_tensors():
+    """As where a cell of a notebook is run again."""
+
+    def make():
+        flow = rn.Flow(rn.real_nvp(3, num_couplings=2))
+
+        def guide():
+            pyro.module("flow", flow)
+            pyro.sample("z", flow())
+
+        return guide
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    rn.fit_guide(make(), model=model, num_steps=1, progress=False)
+    with pytest.raises(RuntimeError, match=r"none of the 12 parameters.*clear_param_store"):
+        rn.fit_guide(make(), model=model, num_steps=1, progress=False)
+
+
 def test_a_second_guide_does_not_get_the_parameters_of_the_first():
     first = fitted(uncentered, YEAR, Y, num_steps=20)
     second = rn.AutoRealNVP(uncentered, num_couplings=4)
