@@ -172,10 +172,10 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             flows = candidates(
                 self.columns_,
                 x,
+                context,
                 weights,
                 num_components=self.num_components if num_held_out or self.num_components != "auto" else 1,
                 seed=seeds[0],
-                context_dim=self.n_context_in_,
                 num_couplings=self.num_couplings,
                 hidden_dims=self.hidden_dims,
             )
@@ -189,7 +189,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                     context=context,
                     weights=weights,
                     validation=tuple(apart) if num_held_out else 0,
-                    augment=fading_noise(flow, self.columns_, x, weights, self.noise, self.num_steps, noise),
+                    augment=fading_noise(flow, self.columns_, x, context, weights, self.noise, self.num_steps, noise),
                     num_steps=self.num_steps,
                     batch_size=min(self.batch_size, len(x)),
                     lr=self.lr,
