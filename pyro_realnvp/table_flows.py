@@ -129,7 +129,8 @@ def _regression(z: Tensor, context: Tensor, weights: Tensor | None) -> list[Cond
     inputs = torch.cat([context, torch.ones_like(context[:, :1])], 1).double()
     root = 1.0 if weights is None else weights.double().sqrt()[:, None]
     solution = torch.linalg.pinv(root * inputs) @ (root * z.double())
-    if _variances(z - inputs @ solution, weights)[0][0] > _NARROW_GIVEN_CONTEXT:
+    least = _variances(z - inputs @ solution, weights)[0][0]
+    if not _LEAST_VARIANCE < least < _NARROW_GIVEN_CONTEXT:  # nor if the contexts say all, as in a copy of the rows
         return []
     layer = ConditionalAffine(dim, num - 1).to(z).requires_grad_(False)
     layer.linear.weight[dim:] = solution[:-1].mT.to(z)
