@@ -30,6 +30,11 @@ class Base(nn.Module):
         learnable: whether the parameters are trained. Each is then stored in unconstrained coordinates.
         parameters: the arguments of the class, which must be tensors.
 
+    Raises:
+        ValueError: a parameter is invalid, parameters that constrain each other are to be learned, or the entries of an
+            event constrain each other, as those of a Dirichlet.
+        TypeError: a parameter is no tensor.
+
     Example:
         >>> heavy_tailed = Base(dist.StudentT, df=torch.tensor(4.0), loc=torch.zeros(2), scale=torch.ones(2))
         >>> heavy_tailed().event_shape

@@ -130,8 +130,9 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 negative or all zero, or the support does not fit the columns.
 
         Warns:
-            RuntimeWarning: Training steps were skipped because they were not finite; or the density has no bound,
-                because columns hold undeclared whole numbers, repeat one value, are copies of others or depend on them
+            RuntimeWarning: Training steps were skipped because they were not finite; a few rows are so far from all
+                others that they do not count in the scales of the columns; or the density has no bound, because
+                columns hold undeclared whole numbers, repeat one value, are copies of others or depend on them
                 linearly, or many rows are copies of others.
         """
         names = list(getattr(X, "columns", ()))

@@ -35,6 +35,9 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
     ``AmortizedRealNVP(poutine.block(model, hide=["theta"]), encoder, ...)``, and join both guides in Pyro's
     ``AutoGuideList``.
 
+    What the model masks has no posterior. Rows behind ``poutine.mask`` do not count, and an entry that ``obs_mask``
+    observes is drawn from a standard normal, in unconstrained coordinates.
+
     Train the guide with :func:`fit_guide` or Pyro's ``SVI``.
 
     Args:
@@ -49,8 +52,9 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             Pyro's guides.
 
     Raises:
-        ValueError: When first called: the model has no latent sites, or they do not lie under the same plates. At every
-            call: the encoder returns contexts of another shape.
+        ValueError: When first called: the model has no latent sites, they do not lie under the same plates, or the
+            prior of one is masked in rows whose density depends on it. At every call: the encoder returns contexts of
+            another shape.
 
     Example:
         >>> import pyro, torch

@@ -79,8 +79,10 @@ def fit(
         x: the rows, ``(N,) + event_shape``. A tensor must have the flow's dtype; a floating-point array is converted to
             it batch by batch, and a memory-mapped one (``np.load(path, mmap_mode="r")``) stays on the disk. In place of
             rows, x may be a ``DataLoader`` or another iterable of batches ``x`` or ``(x, context)``.
-        context: the context of each row, ``(N, context_dim)``, for a conditional flow.
-        weights: the weight :math:`w_i` of each row, ``(N,)``, not negative. They are scaled to a mean of 1.
+        context: the context of each row, ``(N, context_dim)``, for a conditional flow; or what its embedding reads,
+            such as integer labels, ``(N,)``.
+        weights: the weight :math:`w_i` of each row, ``(N,)``, not negative. They are scaled to a mean of 1. A row of
+            weight 0 does not count at all, whatever it holds.
         num_steps: the number of optimizer steps; the schedule of the learning rate spans all of them.
         batch_size: the number of rows in a step, in all processes together; by default 256, or all rows if there are
             fewer.
