@@ -174,16 +174,13 @@ def _split(flow: Flow) -> tuple[nn.Module, list[nn.Module]]:
 def _learned_and_rows(flow: Flow, batch: Batch) -> tuple[nn.Module, Tensor]:
     """The learned bijection at the contexts of a batch, and the rows as they come out of it."""
     learned, fixed = _split(flow)
-    return _condition(learned, flow, batch), Compose(fixed).inv(batch.x) if fixed else batch.x
+    return _condition(learned, flow, batch), _condition(Compose(fixed), flow, batch).inv(batch.x)
 
 
 def _condition(bijection: nn.Module, flow: Flow, batch: Batch) -> nn.Module:
     extra_dims = len(flow.event_shape) - flow.bijection.codomain.event_dim
-    return (
-        bijection
-        if batch.context is None
-        else bijection.condition(for_inner_axes(flow.embed(batch.context), extra_dims))
-    )
+    context = for_inner_axes(flow.embed(batch.context), extra_dims)
+    return bijection if context is None else bijection.condition(context)
 
 
 def _latents(flow: Flow, batch: Batch) -> Tensor:
