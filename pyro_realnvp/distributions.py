@@ -109,7 +109,8 @@ class FlowDistribution(dist.TransformedDistribution):
         return super().expand(torch.Size(batch_shape), _instance or type(self).__new__(type(self)))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return super().sample(_shape(sample_shape))
+        draw = super().sample(_shape(sample_shape))
+        return draw.detach() if torch.jit.is_tracing() else draw  # a traced graph has no no_grad
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().rsample(_shape(sample_shape))

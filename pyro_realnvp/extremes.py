@@ -31,9 +31,11 @@ def typical_weights(x: Tensor, weights: Tensor | None) -> Tensor | None:
 
 def fit_scaler(table: ArrayLike, weights: np.ndarray, name: str) -> StandardScaler:
     """A scaler for the columns of a table, fitted to its typical rows; of the others a warning says what they hold."""
-    values = check_array(table)
-    warn_of_extremes(values, name)
-    scaler = StandardScaler().fit(table, sample_weight=weights * ~is_extreme(values).any(1))
+    values, counted = check_array(table), weights > 0
+    warn_of_extremes(values[counted], name)
+    weights = weights * 1.0
+    weights[counted] *= ~is_extreme(values[counted]).any(1)
+    scaler = StandardScaler().fit(table, sample_weight=weights)
     return scaler.set_output(transform="default")
 
 

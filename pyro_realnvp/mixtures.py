@@ -67,7 +67,7 @@ class _Units:
     def __init__(self, rows: np.ndarray, shares: np.ndarray):
         self._loc = np.average(rows, axis=0, weights=shares)
         scale = np.sqrt(np.average(np.square(rows - self._loc), axis=0, weights=shares))
-        self._scale = np.where(scale > 0, scale, 1.0)  # of a constant column
+        self._scale = np.where(np.ptp(rows, axis=0) > 0, scale, 1.0)  # that of a constant is the rounding of its mean
 
     def standardize(self, rows: np.ndarray) -> np.ndarray:
         return (rows - self._loc) / self._scale

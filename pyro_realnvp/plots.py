@@ -50,7 +50,7 @@ def plot_density(
     axes = [torch.linspace(float(a), float(b), _GRID_POINTS) for a, b in zip(low - margin, high + margin)]
     grid = torch.stack(torch.meshgrid(*axes, indexing="xy"), -1).to(next(flow.parameters()))
     with torch.no_grad():
-        distribution, density = flow(*_given(context)), torch.zeros(grid.shape[:-1])
+        distribution, density = flow(*_given(context)), torch.zeros(grid.shape[:-1], dtype=torch.float32)
         inside = distribution.support.check(grid)  # the margin may leave the support
         density[inside.cpu()] = distribution.log_prob(grid[inside]).exp().float().cpu()
     ax = _axes(ax)
@@ -103,7 +103,7 @@ def plot_latent(
         latent = distribution.transform(x)[:, :2].cpu()
     ax = _axes(ax)
     _scatter(ax, latent, color, s=3, alpha=0.6)
-    angle = torch.linspace(0, 2 * math.pi, 200)
+    angle = torch.linspace(0, 2 * math.pi, 200, dtype=torch.float32)
     circle = torch.stack([angle.cos(), angle.sin()])
     for loc, tril in _normals(distribution.base_dist):
         for mass in (0.5, 0.9, 0.99):
@@ -162,7 +162,7 @@ def _normals(base: dist.Distribution) -> list[tuple[Tensor, Tensor]]:
     """The location and the triangular scale of each normal of the base, in its first two columns."""
     pieces = getattr(base, "component_distribution", None)
     if not isinstance(pieces, torch.distributions.MultivariateNormal):
-        return [(torch.zeros(2), torch.eye(2))]
+        return [(torch.zeros(2, dtype=torch.float32), torch.eye(2, dtype=torch.float32))]
     locs, trils = (part.detach().cpu().float() for part in (pieces.loc, pieces.scale_tril))
     return list(zip(locs.reshape(-1, locs.shape[-1])[:, :2], trils.reshape(-1, *trils.shape[-2:])[:, :2, :2]))
 

@@ -7,7 +7,7 @@ import math
 import pyro.distributions as dist
 import torch
 from torch import distributions as td
-from torch.distributions import biject_to, constraints
+from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from .bijections.shapes import of_entries
@@ -28,7 +28,10 @@ def circle_of(fn: td.Distribution) -> constraints.Constraint | None:
     if isinstance(fn, td.MixtureSameFamily):
         return circle_of(fn.component_distribution)
     if isinstance(fn, dist.MaskedMixture):
-        return circle_of(fn.component0) or circle_of(fn.component1)
+        return circle_of(fn.component0) and circle_of(fn.component1)
+    if isinstance(fn, dist.FoldedDistribution):
+        circle = circle_of(fn.base_dist)
+        return circle and constraints.interval(0.0, circle.upper_bound)
     if isinstance(fn, td.TransformedDistribution):
         return _image(circle_of(fn.base_dist), td.ComposeTransform(fn.transforms))
     return None
@@ -48,16 +51,17 @@ def _image(circle: constraints.Constraint | None, transform: td.Transform) -> co
 
 
 @biject_to.register(MixtureSameFamilyConstraint)
-def _biject_to_mixture(support: MixtureSameFamilyConstraint) -> td.Transform:
+@transform_to.register(MixtureSameFamilyConstraint)
+def _coordinates_of_mixture(support: MixtureSameFamilyConstraint) -> td.Transform:
     """The unconstrained coordinates of a mixture whose components have one support."""
     of_components = support.base_constraint
-    entries = of_entries(of_components)
+    entries, dim = of_entries(of_components), -1 - of_components.event_dim
     for name in ("lower_bound", "upper_bound"):
         bound = getattr(entries, name, None)
-        if isinstance(bound, torch.Tensor):
-            if bound.unique().numel() > 1:
+        if isinstance(bound, torch.Tensor) and bound.dim() >= -dim:  # it has an axis of the components
+            if (bound != bound.narrow(dim, 0, 1)).any():
                 raise NotImplementedError("the components of a mixture have bounds of their own")
             entries = copy.copy(entries)
-            setattr(entries, name, bound.flatten()[0])
+            setattr(entries, name, bound.select(dim, 0))
     more = of_components.event_dim - entries.event_dim
     return biject_to(constraints.independent(entries, more) if more else entries)

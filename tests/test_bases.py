@@ -100,6 +100,13 @@ def test_the_mixture_does_not_depend_on_the_units(unit):
         torch.testing.assert_close(other().log_prob(units * x), log_p, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1.0, 1e6])
+def test_a_constant_column_of_a_mixture(constant):
+    x = torch.cat([torch.randn(300, 1), torch.full((300, 1), constant)], 1).double()
+    log_p = rn.MixtureBase.for_rows(x)().log_prob(x)
+    assert log_p.mean().item() == pytest.approx(4.6, abs=0.3)  # as wide as scikit-learn's own addition to the variances
+
+
 def test_rows_and_weights_may_be_arrays():
     x, weights = torch.randn(50, 2, dtype=torch.float64), torch.rand(50)
     expected = rn.MixtureBase.for_rows(x, weights)().log_prob(x)

@@ -494,6 +494,15 @@ def test_a_density_that_is_narrow_given_its_context(noise):
     np.testing.assert_allclose(residuals.std(0), noise * np.sqrt(5 / 3), rtol=0.15)
 
 
+def test_contexts_of_rows_without_weight_do_not_decide_which_are_extreme():
+    rng = np.random.default_rng(0)
+    X, C = rng.normal(size=(1025, 2)), rng.normal(size=(1025, 1))
+    C[1000:] += 1000
+    density = rn.RealNVPDensity(num_steps=3, num_couplings=2, random_state=0)
+    density.fit(X, context=C, sample_weight=(np.arange(1025) >= 1000).astype(float))
+    assert density.context_scaler_.mean_[0] == pytest.approx(1000, abs=1)
+
+
 def test_the_scale_of_large_weights_does_not_matter():
     """Sums of their squares overflowed in float32."""
     X = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter that makes a bijection of a transform of Pyro or torch."""
 
+import os
 import threading
 import zlib
 from collections import Counter
@@ -18,7 +19,17 @@ from .bijection import Bijection
 from .memo import own_attributes
 from .shapes import sum_events
 
-_ONE_THREAD = threading.RLock()
+
+class _OneThread:
+    """A lock. After a fork the child has a new one, since no thread of the child would open the parent's."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: setattr(self, "lock", threading.RLock()))
+
+
+_ONE_THREAD = _OneThread()
 
 
 class Foreign(Bijection):
@@ -53,7 +64,7 @@ class Foreign(Bijection):
 
     def _run(self, value: Tensor, *, forward: bool) -> tuple[Tensor, Tensor]:
         # Pyro's transforms keep on themselves what their log-determinant needs, where another thread would replace it.
-        with nullcontext() if torch.compiler.is_compiling() else _ONE_THREAD:
+        with nullcontext() if torch.compiler.is_compiling() else _ONE_THREAD.lock:
             transform = self._current()
             _drop_cache(transform)  # The cache may be stale.
             output = (transform if forward else transform.inv)(value)

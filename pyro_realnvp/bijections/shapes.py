@@ -105,9 +105,9 @@ def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor
         return None
     inside = torch.ones_like(value, dtype=torch.bool)
     if low is not None:
-        inside &= value > torch.as_tensor(low).to(value)
+        inside = inside & (value > torch.as_tensor(low).to(value))
     if high is not None:
-        inside &= value < torch.as_tensor(high).to(value)
+        inside = inside & (value < torch.as_tensor(high).to(value))
     return inside
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..bijections.inputs import check_event_shape
+from ..bijections.inputs import check_event_shape, check_tensor
 from ..bijections.modes import is_eager
 from ..distributions import Flow, as_called
 from .multi_scale import check_image_shape
@@ -98,10 +98,11 @@ class Dequantized(dist.TorchDistribution):
         return bound.logsumexp(0) - math.log(self.num_samples) - self.event_shape.numel() * math.log(self.levels)
 
     def _real(self, value: Tensor, u: Tensor) -> Tensor:
-        """(value + u) / L, which rounding does not take into the next level."""
+        """(value + u) / L, which neither rounding nor a noise of 0 takes to a bound of the level."""
         real = (value + u) / self.levels
-        next_level = (value + 1).to(real) / self.levels
-        return torch.minimum(real, torch.nextafter(next_level, torch.zeros_like(next_level)))
+        low, high = (level.to(real) / self.levels for level in (value, value + 1))
+        low = low.clamp(min=torch.finfo(real.dtype).tiny)
+        return real.clamp(torch.nextafter(low, high), torch.nextafter(high, low))
 
     def _noise(self, value: Tensor) -> tuple[Tensor, Tensor | float]:
         """Noise u of shape ``(K,) + value.shape``, and log q(u | value)."""
@@ -109,7 +110,8 @@ class Dequantized(dist.TorchDistribution):
         shape = (self.num_samples,)
         if self.noise is None:
             dtype = torch.promote_types(like.dtype, torch.float32)  # 16 bits hold a level, but no noise beside it
-            return torch.rand(shape + value.shape, dtype=dtype, device=like.device), 0.0
+            u = torch.rand(shape + value.shape, dtype=dtype, device=like.device)
+            return u.clamp(min=torch.finfo(dtype).eps / 4), 0.0  # half of the smallest step, in place of a noise of 0
         centered = (value.to(like.dtype) + 0.5) * (2 / self.levels) - 1
         q = self.noise(centered.flatten(value.dim() - self.event_dim))
         if hasattr(q, "rsample_and_log_prob"):  # a flow of this package: one pass gives both
@@ -130,9 +132,9 @@ class Dequantized(dist.TorchDistribution):
 
     def _checked(self, value: Tensor) -> Tensor:
         if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            check_tensor("Dequantized", value)
             raise TypeError(
-                f"Dequantized expected integer levels 0, ..., {self.levels - 1}; got {got}: "
+                f"Dequantized expected integer levels 0, ..., {self.levels - 1}; got {value.dtype}: "
                 f"pass (x * {self.levels - 1}).round().long() if x is in [0, 1], or score real images with the "
                 "distribution inside"
             )

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 
 from .density import LogDensity
 from .mapping import Point, bytes_per_draw, each, reason, warn_that_it_is_slow
+from .relative import plain
 from .sites import unpack
 
 _TOLERANCE = 1e-3
@@ -30,6 +32,12 @@ def check_finite(density: LogDensity) -> None:
         for name, site in nodes.items()
         if site["type"] == "sample" and not site["log_prob_sum"].isfinite()
     }
+    deltas = [name for name in bad if name in density.latents and isinstance(plain(nodes[name]["fn"]), Delta)]
+    if deltas:
+        raise ValueError(
+            f"the latent sites {deltas} are drawn from a Delta, of which no guide finds the value: compute it, and use "
+            "pyro.deterministic to name it"
+        )
     if bad:
         raise ValueError(
             f"the log-density at the start is not finite at the sites {bad}: pass init_loc_fn=, e.g. "

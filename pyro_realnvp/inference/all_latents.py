@@ -82,7 +82,8 @@ class AllLatents(GuideBase, AutoContinuous):
                         f"{frame.full_size} rows are drawn: its values would be shared between rows. Use "
                         "AmortizedRealNVP for it, or make the plate without subsampling"
                     )
-        density = LogDensity(self.plain_model, args, kwargs, values=self._prototype_values())
+        values = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes() if is_latent(site)}
+        density = LogDensity(self.plain_model, args, kwargs, values=values)
         check_finite(density)
         if not density.dim:
             raise RuntimeError("found no latent variables that the density counts: use an empty guide instead")
@@ -129,12 +130,10 @@ class AllLatents(GuideBase, AutoContinuous):
             # Pyro's Forecaster gives the guide the covariates of the future, for which it runs the model with handlers
             # of its own.
             args, kwargs = self._arguments or (args, kwargs)
-        # What is no latent of the guide may be drawn here, such as the data in a prediction.
-        values, latents = self._prototype_values(), list(self.sites)
-        return LogDensity(self.plain_model, args, kwargs, values=values, latents=latents)
-
-    def _prototype_values(self) -> dict[str, Tensor]:
-        return {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes() if is_latent(site)}
+        # What is no latent of the guide may be drawn here, such as the data in a prediction. A value of the prototype
+        # may be outside of a support that these arguments move, but its unconstrained coordinates are not.
+        point, sites = self._init_loc(), self.sites
+        return LogDensity(self.plain_model, args, kwargs, values=point, sites=sites, latents=list(sites))
 
     def set_coordinates(self, density: LogDensity) -> None:
         """Gives the log-density of a model the coordinates of this guide.

@@ -109,9 +109,8 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             value = inverse(site["value"])
             event_dim = value.dim() - site["value"].dim() + site["fn"].event_dim
             self._sites[name] = Site(value.shape[value.dim() - event_dim :])
-        self._has_masks: bool = any(isinstance(site["mask"], Tensor) for _, site in sites)
-        if self._has_masks:
-            self._check_masks(args, kwargs)
+        self._has_masks: dict[tuple, bool] = {}
+        self._look_for_masks(args, kwargs)
         dim = sum(site.size for site in self._sites.values())
         parts = [ConditionalAffine(dim, self.context_dim)]
         if dim > 1:
@@ -134,8 +133,21 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                     "Uniform(0, 1), and rescale it in the model"
                 )
 
-    def _check_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises an error where a latent has no prior, because of a mask, and yet the density depends on it."""
+    def _look_for_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the model may mask latents. It is run once for each kind of arguments, such as None for a mask.
+
+        Raises:
+            ValueError: a latent has no prior, because of a mask, and yet the density depends on it.
+        """
+        kinds = (*map(type, args), *((name, type(value)) for name, value in sorted(kwargs.items())))
+        if kinds not in self._has_masks:
+            self._has_masks[kinds] = self._check_masks(args, kwargs)
+        return self._has_masks[kinds]
+
+    def _check_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        nodes = self._nodes(args, kwargs)
+        if not any(isinstance(nodes[name]["mask"], Tensor) for name in self._sites):
+            return False
         density = LogDensity(self.plain_model, args, kwargs)
         for name, site in density.sites.items():
             mask = batch_mask(density.trace.nodes[name])
@@ -144,12 +156,13 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                     f"the prior of the latent site {name!r} is masked in rows whose density depends on it: mask what "
                     "depends on it, too"
                 )
+        return True
 
     def _masks(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], plates: Mapping[str, pyro.plate]
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
         """Which rows the model counts at all, and which of them at each latent site. None for all."""
-        if not self._has_masks or self._plain_model is None:
+        if self._plain_model is None or not self._look_for_masks(args, kwargs):
             return None, dict.fromkeys(self._sites)
         nodes = self._nodes(args, kwargs, {name: plate.indices for name, plate in plates.items()})
         masks = {name: batch_mask(nodes[name]) for name in self._sites}

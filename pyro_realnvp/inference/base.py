@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from pyro.params.param_store import param_with_module_name
@@ -52,6 +53,7 @@ class GuideBase:
         super().__init__(model, **options)
         self._plain_model = (model,)  # a tuple, so that a model that is a module does not become a submodule
         self._store_name = _new_name(self)
+        self._given_to_store: dict[str, Tensor] = {}
 
     @property
     def plain_model(self) -> Callable:
@@ -108,19 +110,31 @@ class GuideBase:
         self._check_built()
         module, prefix = self._modules[name], f"{self._store_name}.{name}"
         store = pyro.get_param_store()
-        # The store may have been loaded or set since, and then holds tensors that are not the guide's.
-        stored = dict(store.named_parameters())
-        tensors = {param_with_module_name(prefix, name): p for name, p in module.named_parameters()}
-        others = {name: p for name, p in tensors.items() if p.requires_grad and stored.get(name) is not p}
+        # torch.func.functional_call lends tensors that are no parameters, and not the guide's.
+        own = {n: p for n, p in module.named_parameters() if isinstance(p, nn.Parameter)}
+        tensors = {param_with_module_name(prefix, name): p for name, p in own.items()}
+        stored, given = dict(store.named_parameters()), self._given_to_store
+        # The store may have been loaded or set since, and then holds other tensors. So it does where a parameter of the
+        # guide has been replaced, which then counts.
+        others = {n: p for n, p in tensors.items() if (stored[n] is not p if n in stored else p.requires_grad)}
         if others:
-            self._take_from_store(others)
+            self._take_from_store({name: p for name, p in others.items() if given.get(name, p) is p})
         if self._pyro_context.active:
             for name, p in tensors.items():
                 if p.requires_grad:  # pyro.module would do the same, and warn of each parameter that does not
-                    pyro.param(name, p)
+                    self._give_to_store(name, p)
             if others:
                 self._put_buffers_into_store()
         return module
+
+    def _give_to_store(self, name: str, p: Tensor) -> None:
+        store = pyro.get_param_store()
+        if name in self._given_to_store and self._given_to_store[name] is not p and name in store:
+            del store[name]
+        if not p.is_contiguous():  # of which the store would keep a copy
+            p.data = p.data.contiguous()
+        pyro.param(name, p)
+        self._given_to_store[name] = p
 
     @torch.no_grad()
     def _take_from_store(self, tensors: dict[str, Tensor]) -> None:
@@ -177,7 +191,7 @@ class GuideBase:
         for site in nodes.values():
             if site["type"] == "sample":  # Pyro's Uniform keeps its bounds, which may be parameters of the model.
                 forget_param_store(v for v in vars(plain(site["fn"])).values() if isinstance(v, Tensor))
-        return vars(self) | dict.fromkeys(_UNPICKLED)
+        return vars(self) | dict.fromkeys(_UNPICKLED) | {"_given_to_store": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"_store_name": _new_name(self)})
@@ -224,7 +238,8 @@ def give_to_a_site(name: str, log_q: Tensor, ladjs: dict[str, Tensor]) -> None:
     first, ladj = next(iter(ladjs.items()))
     num_elements = math.prod(ladj.shape[log_q.dim() :])
     ladjs[first] = ladj - log_q.reshape(log_q.shape + (1,) * (ladj.dim() - log_q.dim())) / num_elements
-    pyro.factor(name, -log_q, has_rsample=True)
+    taken_away = dist.Delta(torch.zeros_like(log_q), log_density=-log_q)
+    pyro.sample(name, taken_away, infer={"is_auxiliary": True})
 
 
 def _copy(name: str, value: Tensor, target: Tensor) -> None:

@@ -39,8 +39,10 @@ class LogDensity:
     Args:
         model: the model.
         args, kwargs: the model's arguments.
-        values: a value of each latent site, at which the model is looked at. A discrete site that has one is a latent,
-            too, even if the model enumerates it: as in Pyro, what a guide draws is not summed over.
+        values: a value of each latent site, or a vector in unconstrained coordinates, where the model is looked at. A
+            discrete site that has one is a latent, too, even if the model enumerates it: as in Pyro, what a guide draws
+            is not summed over.
+        sites: the parts of that vector.
         latents: the names of the latent sites, if others are to be ignored. The log-density is then meaningless, but
             the values of the sites are not. None for all.
         memory: the bytes that an evaluation of many draws may take.
@@ -52,7 +54,8 @@ class LogDensity:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
         *,
-        values: dict[str, Tensor] | None = None,
+        values: Point | None = None,
+        sites: dict[str, Site] | None = None,
         latents: Collection[str] | None = None,
         memory: int = DEFAULT_MEMORY,
     ):
@@ -65,9 +68,11 @@ class LogDensity:
         self.bytes_per_draw: int = 0
         self.is_strict: bool = latents is None
         self.relative: dict[str, Relative] = {}
-        with poutine.block(), _own_dims(), torch.random.fork_rng(), Place(values or {}, {}, {}, is_strict=False):
+        values, sites = {} if values is None else values, {} if sites is None else sites
+        with poutine.block(), _own_dims(), torch.random.fork_rng(), Place(values, sites, {}, is_strict=False):
             self.trace: Trace = poutine.trace(model).get_trace(*args, **self.kwargs)
-        drawn = {name for name in values or {} if name in self.trace and is_enumerated(self.trace.nodes[name])}
+        given = values if isinstance(values, dict) else sites
+        drawn = {name for name in given if name in self.trace and is_enumerated(self.trace.nodes[name])}
         if drawn:
             self.model = poutine.infer_config(model, lambda site: _NOT_SUMMED if site["name"] in drawn else {})
             for name in drawn:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Delta, TorchDistribution
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +17,7 @@ from .agreement import check
 from .base import GuideBase
 from .density import LogDensity, Pass
 from .mapping import Point, bytes_per_draw, map_over, reason, warn_that_it_is_slow
+from .relative import plain
 from .sites import Rows
 
 
@@ -61,6 +62,12 @@ class Particles:
     def piece(self) -> int:
         """How many draws fit into the memory."""
         return max(1, self.density.memory // max(1, self.density.bytes_per_draw + self.bytes_per_draw))
+
+    def check_path_derivative(self) -> None:
+        """Raises an error where log q has parameters that no value of a draw carries.
+
+        A guide has them in the log-density of a Delta if it scales and shifts its noise between two sites.
+        """
 
     def loss(self, count: int, path_derivative: bool) -> Tensor:
         """The negative ELBO, estimated by so many draws."""
@@ -180,6 +187,21 @@ class TracedParticles(Particles):
         if scores:
             terms["score"] = sum(scores)
         return {name: site["value"] for name, site in drawn.items()}, terms
+
+    def check_path_derivative(self) -> None:
+        rows = self.density.rows()
+        with torch.random.fork_rng():
+            values, terms = self._draw_one(rows)
+        if "score" in terms:
+            return
+        trace = self._run(poutine.condition(self.guide, {name: value.detach() for name, value in values.items()}), rows)
+        deltas = [name for name in values if isinstance(plain(trace.nodes[name]["fn"]), Delta)]
+        wrong = [name for name in deltas if trace.nodes[name]["log_prob"].requires_grad]
+        if wrong:
+            raise ValueError(
+                "path_derivative=True needs a guide whose draws carry its parameters; got one that has some in the "
+                f"Jacobians of the sites {wrong} alone: leave out path_derivative"
+            )
 
     def _log_q(self, values: dict[str, Tensor], rows: dict[str, Tensor]) -> tuple[dict[str, Tensor]]:
         return ({"log_q": self._run(poutine.condition(self.guide, values), rows).log_prob_sum()},)

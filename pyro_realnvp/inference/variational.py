@@ -74,7 +74,8 @@ def fit_guide(
         path_derivative: whether to leave out the part of the gradient whose mean is zero ("sticking the landing",
             Roeder et al. 2017). No noise is then left where the guide is exact, far away there may be more, and a step
             evaluates the guide's density a second time. By default only for an :class:`AutoRealNVP` with a warm start.
-            Guides with sites that are not reparametrized keep the whole gradient.
+            Guides with sites that are not reparametrized keep the whole gradient. Guides such as Pyro's
+            ``AutoStructured``, which scale their noise between two sites, are refused.
         loss: another ELBO of Pyro's in place of ``Trace_ELBO``. It brings its own number of particles, and the best
             weights are those with the best value of it.
         validation_particles: the number of draws for the ELBO that chooses the best weights, with the same random
@@ -140,6 +141,8 @@ def fit_guide(
             validation_particles = 1024 if particles.is_mapped else 64
         if path_derivative is None:
             path_derivative = isinstance(guide, GuideBase) and guide.is_warm
+        if path_derivative:
+            particles.check_path_derivative()
         passes = seeded(density.passes)
         per_pass = max(1, validation_particles // len(passes), min(validation_particles, _FEWEST_PER_PASS))
 

@@ -26,6 +26,10 @@ class HeldOut:
     def __iter__(self) -> Iterator[Batch]:
         return self.rows.in_order(self.indices)
 
+    def numbers(self, positions: Tensor) -> Tensor:
+        """The numbers in the caller's data of the rows that come at these positions."""
+        return self.rows.counted[self.indices[positions]]
+
 
 class Shuffled:
     """An endless iterator over whole batches of rows, in a new order in each epoch.

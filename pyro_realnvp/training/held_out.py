@@ -32,7 +32,7 @@ class HeldOutLoss:
         self.flow = flow
         self.batches = batches
         self.extreme: list[int] = []
-        """The numbers of the extreme rows, in the order of the held-out rows."""
+        """The numbers of the extreme rows: in the data that they are a part of, or in the order of a stream."""
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -44,7 +44,8 @@ class HeldOutLoss:
             weights.append(torch.ones_like(losses[-1]) if batch.weights is None else batch.weights.to(losses[-1]))
         losses, weights = torch.cat(losses), torch.cat(weights)
         is_extreme = self._find_extreme(losses)
-        self.extreme = is_extreme.nonzero().flatten().tolist()
+        positions = is_extreme.nonzero().flatten().cpu()
+        self.extreme = (self.batches.numbers(positions) if hasattr(self.batches, "numbers") else positions).tolist()
         losses, weights = losses[~is_extreme], weights[~is_extreme]
         loss, weight = distributed.total(torch.stack([(weights * losses).sum(), weights.sum()]))
         return float(loss / weight)

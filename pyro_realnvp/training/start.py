@@ -17,6 +17,7 @@ from .snapshots import Modes
 
 _FAR = 10.0
 _EXTREME = 1e8  # scales from the median, which no distribution but a fill value reaches
+_SAMPLES = 10_000
 _QUARTILES_OF_NORMAL = 1.349  # the distance between the quartiles of a standard normal
 
 
@@ -37,6 +38,7 @@ def start(flow: nn.Module, some: Callable[[], Batch], *, standardize: bool) -> N
         return
     modes, batch = Modes(flow), some()
     flow.eval()
+    standardize = standardize and _vectors_are_alike(flow.base)
     for name, values in zip(Batch._fields[:2], batch):
         _warn_of_fill_values(name, values)
     if standardize and batch.context is not None:
@@ -71,7 +73,7 @@ def _standardize_context(flow: Flow, batch: Batch) -> None:
         return
     loc, scale = _location_and_scale(context)
     far = _far(loc, scale)
-    if not far.any() or not _is_permutation(*_learned_and_rows(flow, batch)):
+    if not far.any() or _reads_contexts(flow.base) or not _is_permutation(*_learned_and_rows(flow, batch)):
         return
     given = f"columns {_few(far)} of the context are far from 0 or from the scale 1 ({_describe(loc, scale, far)})"
     if flow.embedding is None:
@@ -99,8 +101,9 @@ def _is_passed_on(embedded: Tensor) -> bool:
 
 
 def _standardize_rows(flow: Flow, batch: Batch) -> None:
-    loc, scale = _location_and_scale(_latents(flow, batch))
-    base_loc, base_scale = _moments(flow, batch)
+    z = _latents(flow, batch)
+    loc, scale = _location_and_scale(z)
+    base_loc, base_scale = _moments(flow, z)
     far = _far((loc - base_loc) / base_scale, scale / base_scale)
     if not far.any():
         return
@@ -134,7 +137,7 @@ def _standardize_rows(flow: Flow, batch: Batch) -> None:
 
 def _standardize_base(flow: Flow, batch: Batch) -> None:
     """Keeps the density, but not the coordinates, of a base that was placed at data: couplings would read them."""
-    loc, scale = _moments(flow, batch)
+    loc, scale = _moments(flow, _latents(flow, batch))
     far = _far(loc, scale)
     if not far.any():
         return
@@ -158,8 +161,27 @@ def _standardize_base(flow: Flow, batch: Batch) -> None:
 def _is_permutation(learned: nn.Module, rows: Tensor) -> bool:
     """Whether a bijection only permutes the rows, and points of the base, too: far away a spline is the identity."""
     near = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows)
-    pairs = ((x.sort(-1).values, learned.inv(x).sort(-1).values) for x in (rows, near))
-    return all(torch.allclose(after, before, rtol=1e-3, atol=1e-3) for before, after in pairs)
+    pairs = [(x.sort(-1).values, learned.inv(x).sort(-1).values) for x in (rows, near)]
+    return all(
+        after.shape == before.shape and torch.allclose(after, before, rtol=1e-3, atol=1e-3) for before, after in pairs
+    )
+
+
+def _vectors_are_alike(base: Callable) -> bool:
+    """Whether all vectors of an event have one location and one scale, as far as is known."""
+    if isinstance(base, MixtureBase):
+        return True
+    try:
+        moments = base().mean, base().stddev
+    except NotImplementedError:
+        return True
+    rows = (values.reshape(-1, values.shape[-1]) for values in moments if values.dim())
+    return all(len(each) == 1 or torch.equal(each, each[:1].expand_as(each)) for each in rows)
+
+
+def _reads_contexts(base: Callable) -> bool:
+    """Whether a base has learned from contexts."""
+    return isinstance(base, MixtureBase) and base.conditioner is not None and bool(base.conditioner.last.weight.any())
 
 
 def _split(flow: Flow) -> tuple[nn.Module, list[nn.Module]]:
@@ -187,10 +209,10 @@ def _latents(flow: Flow, batch: Batch) -> Tensor:
     return _condition(flow.bijection, flow, batch).inv(batch.x)
 
 
-def _moments(flow: Flow, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The mean and the standard deviation of each column of the base; 0 and 1 if it has none, or will get them from
-    the data."""
-    zero, one = torch.zeros(flow.event_shape[-1]).to(batch.x), torch.ones(flow.event_shape[-1]).to(batch.x)
+def _moments(flow: Flow, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation of each column of the base, in the dtype of latents z; 0 and 1 if it has
+    none, or will get them from the data."""
+    zero, one = torch.zeros_like(_first(z)), torch.ones_like(_first(z))
     if isinstance(flow.base, MixtureBase) and (flow.base.needs_data or flow.base.context_dim):
         return zero, one
     base = flow.base()
@@ -198,13 +220,15 @@ def _moments(flow: Flow, batch: Batch) -> tuple[Tensor, Tensor]:
         loc, scale = base.mean, base.stddev
     except NotImplementedError:
         return zero, one
-    loc, scale = (values.to(batch.x) for values in (loc, scale))  # of a base whose dtype is another than the flow's
-    loc, scale = torch.where(loc.isfinite(), loc, 0.0), torch.where(scale.isfinite(), scale, 1.0)
-    return loc.reshape(-1, len(zero)).mean(0), scale.reshape(-1, len(one)).mean(0)
+    if not (loc.isfinite() & scale.isfinite()).all():  # as of a StudentT with two degrees of freedom
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            loc, scale = _location_and_scale(base.sample((_SAMPLES,)))
+    return _first(loc.expand(base.event_shape).to(zero)), _first(scale.expand(base.event_shape).to(one))
 
 
-def _first(rows: Tensor) -> Tensor:
-    return rows.flatten(0, -2)[0]
+def _first(vectors: Tensor) -> Tensor:
+    return vectors.reshape(-1, vectors.shape[-1])[0]
 
 
 def _location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:

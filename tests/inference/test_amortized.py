@@ -204,6 +204,25 @@ def test_what_a_mask_takes_out_has_no_entropy(model, size):
         torch.testing.assert_close(deviations, torch.full((100,), 0.2**0.5), rtol=0.15, atol=0)
 
 
+def test_a_guide_that_was_built_without_a_mask_finds_a_later_one():
+    x = 1.25**0.5 * torch.randn(200)
+    seen = torch.arange(200) % 2 == 0
+
+    def model(x, seen=None):
+        with pyro.plate("rows", len(x)), poutine.mask(mask=True if seen is None else seen):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    class Contexts(nn.Linear):
+        def forward(self, x, seen=None):
+            return super().forward(x[:, None])
+
+    guide = rn.AmortizedRealNVP(model, Contexts(1, 4), context_dim=4).build(x)
+    history = rn.fit_guide(guide, x, seen, num_steps=200, seed=0, progress=False)
+    evidence = dist.Normal(0.0, 1.25**0.5).log_prob(x[seen]).sum().item()
+    assert history.best_loss == pytest.approx(-evidence, abs=1.5)
+
+
 def test_a_latent_without_a_prior_is_refused():
     def model(x):
         with pyro.plate("rows", len(x)):

@@ -13,6 +13,7 @@ from helpers import YEAR, Y, count_evaluations, fitted, table, two_modes, uncent
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoContinuous, AutoGuideList, AutoNormal, init_to_value
+from torch import nn
 
 import pyro_realnvp as rn
 from pyro_realnvp.inference.base import GuideBase
@@ -257,6 +258,54 @@ def test_the_best_state_of_the_store_comes_back(as_file, tmp_path):
         torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0)
     svi.step()
     assert any(not torch.equal(p, expected) for p, expected in zip(guide.parameters(), before))
+
+
+def test_a_frozen_guide_takes_what_the_store_has_loaded():
+    guide = rn.AutoRealNVP(two_modes, num_couplings=2, hidden_dims=(8,)).build()
+    guide()
+    store = pyro.get_param_store()
+    best = copy.deepcopy(store.get_state())
+    expected = [p.detach().clone() for p in guide.parameters()]
+    for p in guide.parameters():
+        p.data.add_(1.0)
+    store.set_state(best)
+    guide.requires_grad_(False)
+    guide()
+    for p, value in zip(guide.parameters(), expected):
+        torch.testing.assert_close(p, value, rtol=0, atol=0)
+
+
+def test_a_replaced_parameter_counts_and_a_lent_one_stays_as_it_is():
+    guide = rn.AutoRealNVP(two_modes, num_couplings=2, hidden_dims=(8,)).build()
+    guide()
+    lent = {name: p.detach() + 0.3 for name, p in guide.named_parameters()}
+    before = {name: p.clone() for name, p in lent.items()}
+    torch.func.functional_call(guide, lent, ())
+    assert all(torch.equal(lent[name], value) for name, value in before.items())
+    affine = guide.transform.parts[-1]
+    affine.loc = nn.Parameter(torch.full_like(affine.loc, 0.5))
+    guide()
+    assert (affine.loc == 0.5).all()
+    assert pyro.get_param_store().param_name(affine.loc) is not None
+
+
+def test_parameters_that_are_not_contiguous_are_trained():
+    """Pyro's store kept a copy of them, which no optimizer of the guide's has seen."""
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
+
+    encoder = nn.Linear(3, 4)
+    encoder.weight = nn.Parameter(torch.randn(3, 4).T)
+    x, before = torch.randn(50, 3), encoder.weight.detach().clone()
+    guide = rn.AmortizedRealNVP(model, encoder, context_dim=4)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(x)
+    assert not torch.equal(encoder.weight, before)
+    rn.fit_guide(guide, x, num_steps=3, progress=False)
 
 
 def test_states_copies_and_pickles():

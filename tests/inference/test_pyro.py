@@ -49,7 +49,8 @@ def test_a_neutra_evaluation_evaluates_each_network_once():
     assert all(g.isfinite().all() for g in gradient)
 
 
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO, JitTrace_ELBO])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_pyros_gradients_of_a_mixture(elbo):
     """A draw of a mixture has no rsample, and log q was missing in the weight of its score: guides of two modes fell
     together. The exact gradient is that of Particles, which draws each component reparametrized."""

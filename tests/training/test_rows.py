@@ -66,6 +66,14 @@ def test_rows_of_weight_0_do_not_count(tmp_path):
         assert history.validation_loss == pytest.approx(expected.validation_loss)
 
 
+def test_extreme_held_out_rows_have_the_numbers_that_the_user_knows():
+    weights = (torch.arange(100) >= 50).float()
+    held_out = X[:100].clone()
+    held_out[70] = 1e6
+    with pytest.warns(RuntimeWarning, match=r"the held-out rows \[70\] are far"):
+        run(X, validation=(held_out, None, weights))
+
+
 @pytest.mark.parametrize("shape", [(400,), (400, 1)])
 @pytest.mark.parametrize("convert", [lambda labels: labels, lambda labels: labels.numpy()])
 def test_an_embedding_reads_labels(shape, convert):

@@ -163,6 +163,51 @@ def test_events_of_several_vectors():
     assert -conditional(torch.zeros(1000, 1)).log_prob(x).mean().item() == pytest.approx(entropy, abs=0.5)
 
 
+def test_a_base_at_the_data_of_several_vectors_stays():
+    loc = torch.arange(4.0)[:, None] * 1000 + torch.zeros(4, 3)
+    x = loc + torch.randn(300, 4, 3)
+    flow = rn.Flow(small(3), event_shape=(4, 3), base=rn.Base(dist.Normal, loc=loc, scale=torch.ones(4, 3)))
+    before = flow().log_prob(x)
+    run(flow, x, num_steps=1, lr=1e-9)
+    torch.testing.assert_close(flow().log_prob(x), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("far", [1.0, 1e4])
+def test_events_that_have_other_sizes_than_the_base(far):
+    simplex = torch.distributions.StickBreakingTransform()
+    flow, x = rn.Flow(rn.Compose([small(3), simplex])), dist.Dirichlet(torch.ones(4)).sample((300,))
+    run(flow, x, num_steps=3)
+    reshape = torch.distributions.ReshapeTransform((2, 2), (4,))
+    flow = rn.Flow(rn.Compose([reshape, small(4)]))
+    if far > 1:
+        with pytest.warns(RuntimeWarning, match=FAR):
+            run(flow, far * torch.randn(300, 4), num_steps=3)
+    else:
+        run(flow, torch.randn(300, 4), num_steps=3)
+
+
+@pytest.mark.parametrize("df", [1.0, 2.0])
+def test_a_base_without_moments_that_was_placed_at_the_data(df):
+    base = rn.Base(dist.StudentT, df=torch.tensor(df), loc=torch.full((2,), 500.0), scale=torch.full((2,), 100.0))
+    x = base().sample((2000,))
+    flow = rn.Flow(small(2), base=base)
+    before = flow().log_prob(x)
+    with pytest.warns(RuntimeWarning, match="of the base are far"):
+        run(flow, x, num_steps=1, lr=1e-9)
+    torch.testing.assert_close(flow().log_prob(x), before, rtol=1e-3, atol=1e-2)
+
+
+def test_a_trained_mixture_keeps_reading_its_own_contexts():
+    z = torch.randn(500, 2)
+    context = 30 * (z[:, :1] + 0.5 * torch.randn(500, 1))
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2).requires_grad_(False))
+    flow.base = rn.MixtureBase(2, num_components=2, context_dim=1)
+    run(flow, z, context=context, num_steps=50, standardize=False)
+    before = flow(context).log_prob(z)
+    run(flow, z, context=context, num_steps=1, lr=1e-12)
+    torch.testing.assert_close(flow(context).log_prob(z), before, rtol=0, atol=1e-3)
+
+
 def test_an_embedding_that_passes_on_far_contexts():
     """The flow learned nothing from them."""
     z = torch.randn(500, 2)
