@@ -77,7 +77,7 @@ class FlowDistribution(dist.TransformedDistribution):
                 self._validate_sample(value)
         inside = strictly_inside(transform.codomain, value)
         # Neither compiled code nor code under torch.func can branch on values.
-        if inside is not None and not (is_eager(value) and inside.all()):
+        if inside is not None and not (is_eager(value, inside) and inside.all()):
             # On a bound the bijection is infinite, and its gradient nan. Any inner point stands in for the value there.
             value = torch.where(inside, value, inner_point(transform.codomain, value))
         x, ladj = transform._evaluate(value, forward=False, remember=False)

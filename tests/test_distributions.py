@@ -12,6 +12,7 @@ import torch
 from helpers import make_flow, perturb, small, table
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from torch import nn
 
 import pyro_realnvp as rn
 from pyro_realnvp.distributions import FlowDistribution
@@ -445,3 +446,24 @@ def test_joined_transforms_have_no_density_beyond_their_bounds(last, num_real):
     log_p[0].backward()
     assert value.grad.isfinite().all()
     torch.testing.assert_close(flow.double()().log_prob(value[:1].double())[0], log_p[0].double())
+
+
+def test_an_ensemble_of_flows_with_bounds():
+    def make():
+        return perturb(rn.Flow(rn.Compose([small(2), rn.Unbound([0.0, -torch.inf], [1.0, torch.inf]).inv])))
+
+    class Call(nn.Module):
+        def __init__(self, flow, function):
+            super().__init__()
+            self.flow = flow
+            self.function = function
+
+        def forward(self, x):
+            return self.function(self.flow, x)
+
+    flows, x = [make() for _ in range(3)], torch.rand(5, 2)
+    for function in (lambda flow, x: flow().log_prob(x), lambda flow, x: flow.bijection.inv(x)):
+        nets = [Call(flow, function) for flow in flows]
+        parameters, buffers = torch.func.stack_module_state(nets)
+        call = torch.func.vmap(lambda p, b, first=nets[0]: torch.func.functional_call(first, (p, b), (x,)))
+        torch.testing.assert_close(call(parameters, buffers), torch.stack([net(x) for net in nets]))

@@ -91,3 +91,15 @@ def test_the_density_of_bounded_data():
     (mesh,) = plots.plot_density(flow, x).collections[:1]
     density = mesh.get_array().reshape(200, 200)
     assert density[0].max() == 0 < density.max()
+
+
+def test_plots_in_double_precision():
+    x = torch.randn(50, 2, dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for base in (None, rn.MixtureBase.for_rows(x)):
+            flow = rn.Flow(rn.real_nvp(2, num_couplings=2), base=base)
+            plots.plot_density(flow, x)
+            plots.plot_latent(flow, x)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -3,6 +3,7 @@
 
 import copy
 import math
+import os
 import sys
 import threading
 from functools import partial
@@ -22,6 +23,7 @@ from torch import nn
 
 import pyro_realnvp as rn
 from pyro_realnvp import masks
+from pyro_realnvp.bijections import foreign
 
 
 def standard(dim, dtype=torch.float32):
@@ -548,3 +550,26 @@ def test_threads_share_a_flow(foreign):
     finally:
         sys.setswitchinterval(interval)
     assert not errors and len(answers) == 720 and all(answers)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_fork_while_a_thread_is_in_a_transform_of_pyros():
+    """The child has a copy of the lock, but not the thread that would open it."""
+    lock = foreign._ONE_THREAD.lock
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        os._exit(not foreign._ONE_THREAD.lock.acquire(timeout=5))
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0

@@ -109,7 +109,7 @@ def check_bounds(bijection: nn.Module, value: Tensor, domain: constraints.Constr
     low, high = bounds(domain)
     if (low is None and high is None) or not (dist.is_validation_enabled() and isinstance(value, Tensor)):
         return
-    if not is_eager(value):
+    if not is_eager(value, *(bound for bound in (low, high) if isinstance(bound, Tensor))):
         return
     beyond = torch.zeros_like(value, dtype=torch.bool)
     if low is not None:

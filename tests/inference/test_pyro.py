@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flows inside Pyro's own inference: guides and NeuTra, each network evaluated once."""
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -8,7 +10,7 @@ import torch
 from helpers import count_evaluations, perturb, small
 from pyro import poutine
 from pyro.contrib.forecast import Forecaster, ForecastingModel
-from pyro.infer import SVI, JitTrace_ELBO, Predictive, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTMC_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import NeuTraReparam
@@ -69,6 +71,22 @@ def test_pyros_gradients_of_a_mixture(elbo):
     got = mean_gradient(guide, lambda: loss.loss_and_grads(squares, guide), 20)
     assert (got - exact).norm() < 0.1 * exact.norm()
     assert loss.loss(squares, guide) == pytest.approx(particles.loss(20_000, False).item(), rel=0.1)
+
+
+def test_all_losses_of_a_mixture_agree():
+    """TraceTMC_ELBO does not count what is observed in a guide."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        pyro.sample("c", dist.Normal(a[..., 0].abs(), 0.4), obs=torch.tensor(3.0))
+
+    guide = rn.AutoRealNVP(model, num_starts=8, num_couplings=2).build()
+    assert len(guide.mode_weights()) > 1
+    losses = [elbo(max_plate_nesting=0) for elbo in (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, TraceTMC_ELBO)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is enumerated
+        values = [sum(loss.loss(model, guide) for _ in range(200)) / 200 for loss in losses]
+    assert max(values) - min(values) < 0.2
 
 
 def mean_gradient(guide, backward, num):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import fitted, table, two_modes
 from pyro.infer import MCMC, NUTS, ReweightedWakeSleep, TraceTailAdaptive_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoGaussian, AutoNormal, AutoStructured
 
 import pyro_realnvp as rn
 
@@ -206,3 +206,17 @@ def test_arguments_by_position_or_bound_are_not_mistaken_for_options():
     rn.fit_guide(rn.AutoRealNVP(model), y, 10, 0.1, num_steps=2, progress=False)
     bound = functools.partial(model, num_samples=10, lr=0.1)
     rn.fit_guide(rn.AutoRealNVP(bound), y, num_steps=2, progress=False)
+
+
+@pytest.mark.parametrize("guide_of", [AutoStructured, AutoGaussian])
+def test_a_path_derivative_of_noise_that_is_scaled_between_two_sites_is_refused(guide_of):
+    """Its scale fell to a tenth, since no draw carries it."""
+
+    def model():
+        pyro.sample("z", dist.Normal(2.0, 0.5))
+
+    options = {"conditionals": "normal"} if guide_of is AutoStructured else {}
+    with pytest.raises(ValueError, match=r"in the Jacobians of the sites \['z'\] alone: leave out path_derivative"):
+        rn.fit_guide(guide_of(model, **options), path_derivative=True, num_steps=1, progress=False)
+    rn.fit_guide(guide_of(model, **options), num_steps=1, progress=False)
+    rn.fit_guide(AutoNormal(model), path_derivative=True, num_steps=1, progress=False)
