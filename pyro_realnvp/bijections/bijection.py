@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base class of all bijections: each direction returns its value together with the log-determinant."""
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -176,7 +177,17 @@ class Bijection(TransformModule):
 
         All later evaluations of this bijection use the compiled graphs; its copies and pickles are not compiled.
         Initialize layers that start from data, such as ActNorm, before you compile.
+
+        Warns:
+            RuntimeWarning: a part is a spline of Pyro's, of which torch's compiler has made wrong gradients.
         """
+        if any(type(module).__module__.startswith("pyro.distributions.transforms.spline") for module in self.modules()):
+            warnings.warn(
+                "torch's compiler has made wrong gradients of Pyro's splines on CPUs: compare them with those of the "
+                "uncompiled bijection, or use Spline and SplineCoupling of pyro_realnvp",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         for name in DIRECTIONS:
             method = getattr(type(self), name).__get__(self)
             self.__dict__[name] = torch.compile(method, fullgraph=True, **options)

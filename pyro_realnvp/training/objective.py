@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .rows import Batch
 
+_SAME_LOSS, _SAME_GRADIENT = 1e-3, 0.1
+
 
 def log_likelihood(flow: nn.Module, batch: Batch) -> Tensor:
     """log p(x | context) of each row, in nats."""
@@ -66,13 +68,15 @@ class Objective(nn.Module):
         # a graph of its own would cost more than it saves, so it runs uncompiled.
         if self._compiled is None or len(x) < self.num_rows:
             return self._loss(x, context, weights)
-        self.num_rows: int = len(x)
+        is_first, self.num_rows = not self.num_rows, len(x)
         if x.is_cuda:
             # CUDA graphs write each result into the same memory. This call says that the previous one is used up.
             torch.compiler.cudagraph_mark_step_begin()
         # The compiler runs at the first call, so this is where it fails if it cannot handle the flow or is missing. The
         # loss is the same without it, only slower, so training goes on with a warning.
         try:
+            if is_first and not self._is_right(x, context, weights):
+                raise torch._dynamo.exc.TorchDynamoException("its gradients would be others than without compilation")
             return self._compiled(x, context, weights)
         except torch._dynamo.exc.TorchDynamoException as error:
             self._compiled = None
@@ -83,6 +87,26 @@ class Objective(nn.Module):
                 stacklevel=2,
             )
             return self._loss(x, context, weights)
+
+    def _is_right(self, *batch: Tensor | None) -> bool:
+        """Whether the compiled gradients are those of the loss: of Pyro's splines, torch's compiler makes others.
+
+        Where the losses themselves differ, as by random layers, there is nothing to compare.
+        """
+        parameters, found = [p for p in self.flow.parameters() if p.requires_grad], []
+        for loss in (self._loss, self._compiled):
+            before = [buffer.clone() for buffer in self.flow.buffers()]
+            with torch.random.fork_rng():
+                value = loss(*batch)
+            found.append((value.detach(), torch.autograd.grad(value, parameters, materialize_grads=True)))
+            for buffer, was in zip(self.flow.buffers(), before):
+                buffer.copy_(was)
+        (value, gradients), (again, others) = found
+        if not torch.allclose(value, again, rtol=_SAME_LOSS):
+            return True
+        total = torch.stack([g.norm() for g in gradients]).norm()
+        errors = [(g - other).norm() / (g.norm() + _SAME_GRADIENT * total) for g, other in zip(gradients, others)]
+        return not max(errors) > _SAME_GRADIENT
 
     def _loss(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> Tensor:
         with nullcontext() if self.autocast is None else torch.autocast(x.device.type, self.autocast):
