@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.nn.utils import stateless
@@ -124,6 +125,22 @@ class FlowDistribution(dist.TransformedDistribution):
         more = len(self.base_dist.event_shape) - event_dim
         # A bijection may return one number for all of the inner events.
         return sum_events(ladj.expand(x.shape[: x.dim() - event_dim]), more) if more else ladj
+
+
+def _show_parameters(flow: PyroModule) -> None:
+    """Reads all parameters of a flow that `to_pyro_module_` has converted, by which Pyro gets to know them.
+
+    The density reads them only where it is evaluated, after the model has asked for it.
+    """
+    for name, module in flow.named_modules():
+        if getattr(module, "_pyro_samples", None):
+            raise ValueError(
+                f"the priors of {sorted(module._pyro_samples)} in {name!r} would be drawn anew in each evaluation of a "
+                "density, outside of the model: draw the parameters by pyro.sample in the model, and pass them by "
+                "torch.func.functional_call(flow, parameters)"
+            )
+        for own in [*module._parameters, *getattr(module, "_pyro_params", ())]:
+            getattr(module, own)
 
 
 def _is_real(transform: Bijection) -> bool:
@@ -258,6 +275,8 @@ class Flow(nn.Module):
             temperature: the factor by which the base is scaled about its mean. Below 1, samples lie closer to the
                 modes. Both samples and ``log_prob`` are those of the scaled base.
         """
+        if isinstance(self, PyroModule):
+            _show_parameters(self)
         temperature = float(temperature)  # torch would count the logarithm of a tensor once, and not for each entry
         if not temperature > 0:
             raise ValueError(f"expected temperature > 0; got {temperature}")

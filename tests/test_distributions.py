@@ -12,6 +12,8 @@ import torch
 from helpers import make_flow, perturb, small, table
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroSample
+from pyro.nn.module import to_pyro_module_
 from torch import nn
 
 import pyro_realnvp as rn
@@ -467,3 +469,22 @@ def test_an_ensemble_of_flows_with_bounds():
         parameters, buffers = torch.func.stack_module_state(nets)
         call = torch.func.vmap(lambda p, b, first=nets[0]: torch.func.functional_call(first, (p, b), (x,)))
         torch.testing.assert_close(call(parameters, buffers), torch.stack([net(x) for net in nets]))
+
+
+def test_a_flow_that_has_become_a_pyro_module_is_trained():
+    """Pyro saw only the parameters that were read before the density, and trained none of the others."""
+    x = torch.randn(50, 2)
+
+    def model(flow):
+        with pyro.plate("rows", 50):
+            pyro.sample("x", flow(), obs=x)
+
+    flow = perturb(rn.Flow(rn.Compose([small(2), rn.TriangularAffine(2)])))
+    before = {name: p.detach().clone() for name, p in flow.named_parameters()}
+    to_pyro_module_(flow)
+    svi = SVI(lambda: model(flow), lambda: None, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    svi.step()
+    assert all(not torch.equal(p, before[name]) for name, p in flow.named_parameters())
+    flow.bijection.parts[1].loc = PyroSample(dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pytest.raises(ValueError, match=r"priors of \['loc'\] in 'bijection.parts.1'.*functional_call"):
+        flow()
