@@ -110,7 +110,8 @@ def _to_table(
     standardize = Standardize(x.shape[1]).to(x).fit(unbounded, typical)
     z = standardize(unbounded)
     regression = [] if context is None else _regression(z, context, typical)
-    whitening = _whitening(_at(Compose(regression), context).inv(z), typical)
+    narrow = _NARROW_GIVEN_CONTEXT if regression else _NARROW
+    whitening = _whitening(_at(Compose(regression), context).inv(z), typical, narrow)
     return [*whitening, *regression, standardize.inv, *(f.inv for f in bounds)], typical
 
 
@@ -145,7 +146,7 @@ def _variances(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigh((weights[:, None] * rows).mT @ rows / weights.sum())
 
 
-def _whitening(z: Tensor, weights: Tensor | None) -> list[TriangularAffine]:
+def _whitening(z: Tensor, weights: Tensor | None, narrow: float) -> list[TriangularAffine]:
     """The affine map that gives standardized rows their correlations, if some direction is narrow; else nothing.
 
     Couplings hardly learn such a direction, since it is not along an axis. Where no direction is nearly constant they
@@ -153,7 +154,7 @@ def _whitening(z: Tensor, weights: Tensor | None) -> list[TriangularAffine]:
     """
     dim = z.shape[1]
     variances, directions = _variances(z, weights)
-    if variances[0] > _NARROW:
+    if variances[0] > narrow:
         return []
     tril = triangular_root(directions * variances.clamp(min=_LEAST_VARIANCE).sqrt())
     return [TriangularAffine(dim).to(z).start_at(torch.zeros(dim).to(z), tril)]
