@@ -110,7 +110,10 @@ class FlowDistribution(dist.TransformedDistribution):
         return super().expand(torch.Size(batch_shape), _instance or type(self).__new__(type(self)))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        draw = super().sample(_shape(sample_shape))
+        (transform,) = self.transforms
+        # A memory that was made without gradients would answer no question that is asked with them.
+        with torch.no_grad():
+            draw = transform._evaluate(self.base_dist.sample(_shape(sample_shape)), forward=True, remember=False)[0]
         return draw.detach() if torch.jit.is_tracing() else draw  # a traced graph has no no_grad
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
