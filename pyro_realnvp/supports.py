@@ -31,7 +31,8 @@ def circle_of(fn: td.Distribution) -> constraints.Constraint | None:
         return circle_of(fn.component0) and circle_of(fn.component1)
     if isinstance(fn, dist.FoldedDistribution):
         circle = circle_of(fn.base_dist)
-        return circle and constraints.interval(0.0, circle.upper_bound)
+        is_centered = circle is not None and bool((torch.as_tensor(circle.lower_bound + circle.upper_bound) == 0).all())
+        return constraints.interval(0.0, circle.upper_bound) if is_centered else None
     if isinstance(fn, td.TransformedDistribution):
         return _image(circle_of(fn.base_dist), td.ComposeTransform(fn.transforms))
     return None

@@ -24,6 +24,7 @@ from .mixtures import are_many
 _NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
 _NARROW_GIVEN_CONTEXT = 1e-2
 _ROWS_PER_CONTEXT = 10  # with fewer, a regression explains what it has learned by heart
+_REWEIGHTINGS = 20
 _LEAST_VARIANCE = 1e-12
 
 
@@ -109,7 +110,7 @@ def _to_table(
     typical = typical_weights(unbounded, weights)
     standardize = Standardize(x.shape[1]).to(x).fit(unbounded, typical)
     z = standardize(unbounded)
-    regression = [] if context is None else _regression(z, context, typical)
+    regression, typical = ([], typical) if context is None else _regression(z, context, typical)
     narrow = _NARROW_GIVEN_CONTEXT if regression else _NARROW
     whitening = _whitening(_at(Compose(regression), context).inv(z), typical, narrow)
     return [*whitening, *regression, standardize.inv, *(f.inv for f in bounds)], typical
@@ -119,24 +120,36 @@ def _at(bijection: Compose, context: Tensor | None) -> Bijection:
     return bijection if context is None else bijection.condition(context)
 
 
-def _regression(z: Tensor, context: Tensor, weights: Tensor | None) -> list[ConditionalAffine]:
-    """The linear regression of standardized rows on their contexts, if it leaves little of some direction.
+def _regression(z: Tensor, context: Tensor, weights: Tensor | None) -> tuple[list[ConditionalAffine], Tensor | None]:
+    """The linear regression of standardized rows on their contexts, if it leaves little of some direction; and the
+    weights of the rows that it describes.
 
     A flow hardly learns a density that is much narrower than the rows are without their contexts.
     """
     dim, num = z.shape[1], context.shape[1] + 1
     if len(z) < _ROWS_PER_CONTEXT * num:
-        return []
+        return [], weights
     inputs = torch.cat([context, torch.ones_like(context[:, :1])], 1).double()
-    root = 1.0 if weights is None else weights.double().sqrt()[:, None]
-    solution = torch.linalg.pinv(root * inputs) @ (root * z.double())
-    least = _variances(z - inputs @ solution, weights)[0][0]
+    typical = typical_weights(context, weights)
+
+    def solve(factors: Tensor | float) -> tuple[Tensor, Tensor]:
+        weighted = (factors if typical is None else factors * typical.double()[:, None]) * inputs
+        found = torch.linalg.pinv(weighted.mT @ inputs, hermitian=True) @ (weighted.mT @ z.double())
+        return found, z - inputs @ found
+
+    residuals = solve(1.0)[1]
+    for _ in range(_REWEIGHTINGS):  # by Huber's weights, which a wrong row hardly moves
+        sizes = (residuals.abs() / residuals.abs().median(0).values.clamp(min=1e-300)).amax(1, keepdim=True)
+        residuals = solve((2 / sizes).clamp(max=1.0))[1]
+    typical = typical_weights(residuals, typical)
+    solution, residuals = solve(1.0)
+    least = _variances(residuals, typical)[0][0]
     if not _LEAST_VARIANCE < least < _NARROW_GIVEN_CONTEXT:  # nor if the contexts say all, as in a copy of the rows
-        return []
+        return [], weights
     layer = ConditionalAffine(dim, num - 1).to(z).requires_grad_(False)
     layer.linear.weight[dim:] = solution[:-1].mT.to(z)
     layer.linear.bias[dim:] = solution[-1].to(z)
-    return [layer]
+    return [layer], typical
 
 
 def _variances(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -494,6 +494,19 @@ def test_a_density_that_is_narrow_given_its_context(noise):
     np.testing.assert_allclose(residuals.std(0), noise * np.sqrt(5 / 3), rtol=0.15)
 
 
+@pytest.mark.parametrize("wrong", [10.0, -999.0, 1e6])
+@pytest.mark.filterwarnings("ignore:.* of context hold values that are far:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.* steps had a loss:RuntimeWarning", "ignore:the held-out rows:RuntimeWarning")
+def test_a_wrong_context_does_not_decide_the_regression(wrong):
+    rng = np.random.default_rng(0)
+    C = rng.normal(size=(600, 1))
+    X = 3 * C + 0.01 * rng.normal(size=(600, 1))
+    C[7] = wrong
+    density, others = rn.RealNVPDensity(num_steps=20, random_state=0), np.arange(600) != 7
+    entropy = 0.5 * math.log(2 * math.pi * math.e) + math.log(0.01)
+    assert density.fit(X, context=C).score(X[others], context=C[others]) == pytest.approx(-entropy, abs=0.1)
+
+
 def test_contexts_of_rows_without_weight_do_not_decide_which_are_extreme():
     rng = np.random.default_rng(0)
     X, C = rng.normal(size=(1025, 2)), rng.normal(size=(1025, 1))

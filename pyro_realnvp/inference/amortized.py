@@ -109,8 +109,7 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
             value = inverse(site["value"])
             event_dim = value.dim() - site["value"].dim() + site["fn"].event_dim
             self._sites[name] = Site(value.shape[value.dim() - event_dim :])
-        self._has_masks: dict[tuple, bool] = {}
-        self._look_for_masks(args, kwargs)
+        self._check_masks(args, kwargs)
         dim = sum(site.size for site in self._sites.values())
         parts = [ConditionalAffine(dim, self.context_dim)]
         if dim > 1:
@@ -133,21 +132,12 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                     "Uniform(0, 1), and rescale it in the model"
                 )
 
-    def _look_for_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the model may mask latents. It is run once for each kind of arguments, such as None for a mask.
-
-        Raises:
-            ValueError: a latent has no prior, because of a mask, and yet the density depends on it.
-        """
-        kinds = (*map(type, args), *((name, type(value)) for name, value in sorted(kwargs.items())))
-        if kinds not in self._has_masks:
-            self._has_masks[kinds] = self._check_masks(args, kwargs)
-        return self._has_masks[kinds]
-
-    def _check_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        nodes = self._nodes(args, kwargs)
-        if not any(isinstance(nodes[name]["mask"], Tensor) for name in self._sites):
-            return False
+    def _check_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises an error where a latent has no prior, because of a mask, and yet the density depends on it."""
+        self._unmasked: tuple[tuple, dict] | None = None
+        self._are_masks_checked: bool = any(map(_has_mask, self._latents(self._nodes(args, kwargs))))
+        if not self._are_masks_checked:
+            return
         density = LogDensity(self.plain_model, args, kwargs)
         for name, site in density.sites.items():
             mask = batch_mask(density.trace.nodes[name])
@@ -156,15 +146,24 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                     f"the prior of the latent site {name!r} is masked in rows whose density depends on it: mask what "
                     "depends on it, too"
                 )
-        return True
+
+    def _latents(self, nodes: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        return [nodes[name] for name in self._sites]
 
     def _masks(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], plates: Mapping[str, pyro.plate]
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
         """Which rows the model counts at all, and which of them at each latent site. None for all."""
-        if self._plain_model is None or not self._look_for_masks(args, kwargs):
-            return None, dict.fromkeys(self._sites)
+        unmasked = None, dict.fromkeys(self._sites)
+        if self._plain_model is None or are_same(self._unmasked, (args, kwargs)):
+            return unmasked
+        # Masks may come with any arguments, so the model says which there are.
         nodes = self._nodes(args, kwargs, {name: plate.indices for name, plate in plates.items()})
+        if not any(map(_has_mask, self._latents(nodes))):
+            self._unmasked = args, kwargs
+            return unmasked
+        if not self._are_masks_checked:
+            self._check_masks(args, kwargs)
         masks = {name: batch_mask(nodes[name]) for name in self._sites}
         if any(mask is None for mask in masks.values()):
             return None, masks
@@ -270,6 +269,10 @@ class AmortizedRealNVP(GuideBase, AutoGuide):
                 log_normal = -(part.square() + math.log(2 * math.pi)).sum(-1) / 2
                 log_density = torch.where(masks[name], log_density, -log_normal)
             yield name, pyro.sample(name, dist.Delta(value, log_density=log_density, event_dim=fn.event_dim))
+
+
+def _has_mask(site: dict[str, Any]) -> bool:
+    return isinstance(site["mask"], Tensor)
 
 
 def _at_one(name: str, site: dict[str, Any]) -> Tensor:

@@ -18,6 +18,7 @@ from .posterior import PosteriorSamples
 from .pulled_back import PulledBack
 
 _LARGEST_R_HAT, _LEAST_ESS = 1.01, 400  # Vehtari et al. 2021
+_MOST_DIVERGENCES = 0.002  # of the trajectories
 _FEWEST_CHAINS, _FEWEST_SAMPLES = 4, 4
 
 
@@ -69,8 +70,8 @@ def sample_posterior(
         TypeError: the guide has no transform.
 
     Warns:
-        RuntimeWarning: an R-hat is above 1.01, or an effective sample size below 400; the model cannot be mapped over
-            draws; Ctrl-C has ended the sampling.
+        RuntimeWarning: an R-hat is above 1.01, or an effective sample size below 400; more than 0.2 % of the
+            trajectories have diverged; the model cannot be mapped over draws; Ctrl-C has ended the sampling.
 
     Example:
         >>> import pyro
@@ -142,6 +143,15 @@ def _warn_unless_converged(posterior: PosteriorSamples) -> None:
             f"the largest R-hat is {r_hat:.3f} and the least effective sample size {ess:.0f}, where up to "
             f"{_LARGEST_R_HAT} and at least {_LEAST_ESS} are wanted: take a larger num_samples and warmup_steps, or "
             "train the guide longer",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    diverged = posterior.divergences.double().mean().item()
+    if diverged > _MOST_DIVERGENCES:
+        warnings.warn(
+            f"{diverged:.1%} of the trajectories have diverged, so there may be a region that the chains hardly enter, "
+            "such as the neck of a funnel: train the guide longer, or change the coordinates of the model, as by "
+            "pyro.infer.reparam.LocScaleReparam",
             RuntimeWarning,
             stacklevel=3,
         )

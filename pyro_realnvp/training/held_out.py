@@ -2,6 +2,7 @@
 """The loss of held-out rows, which single extreme rows cannot decide."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class HeldOutLoss:
         losses, weights = torch.cat(losses), torch.cat(weights)
         is_extreme = self._find_extreme(losses)
         positions = is_extreme.nonzero().flatten().cpu()
-        self.extreme = (self.batches.numbers(positions) if hasattr(self.batches, "numbers") else positions).tolist()
+        numbers = self.batches.numbers(positions) if hasattr(self.batches, "numbers") else positions
+        self.extreme = sorted(chain.from_iterable(distributed.gather(numbers.tolist())))
         losses, weights = losses[~is_extreme], weights[~is_extreme]
         loss, weight = distributed.total(torch.stack([(weights * losses).sum(), weights.sum()]))
         return float(loss / weight)

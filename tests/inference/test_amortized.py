@@ -208,17 +208,17 @@ def test_a_guide_that_was_built_without_a_mask_finds_a_later_one():
     x = 1.25**0.5 * torch.randn(200)
     seen = torch.arange(200) % 2 == 0
 
-    def model(x, seen=None):
-        with pyro.plate("rows", len(x)), poutine.mask(mask=True if seen is None else seen):
+    def model(batch):
+        with pyro.plate("rows", 200), poutine.mask(mask=batch.get("seen", True)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=batch["x"])
 
     class Contexts(nn.Linear):
-        def forward(self, x, seen=None):
-            return super().forward(x[:, None])
+        def forward(self, batch):
+            return super().forward(batch["x"][:, None])
 
-    guide = rn.AmortizedRealNVP(model, Contexts(1, 4), context_dim=4).build(x)
-    history = rn.fit_guide(guide, x, seen, num_steps=200, seed=0, progress=False)
+    guide = rn.AmortizedRealNVP(model, Contexts(1, 4), context_dim=4).build({"x": x})
+    history = rn.fit_guide(guide, {"x": x, "seen": seen}, num_steps=200, seed=0, progress=False)
     evidence = dist.Normal(0.0, 1.25**0.5).log_prob(x[seen]).sum().item()
     assert history.best_loss == pytest.approx(-evidence, abs=1.5)
 

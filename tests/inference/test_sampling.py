@@ -331,3 +331,17 @@ def test_a_guide_without_a_transform_is_refused():
     rn.fit_guide(guide, num_steps=5, progress=False)
     with pytest.raises(TypeError, match=r"a guide with a transform.*got AutoLowRankMultivariateNormal"):
         rn.sample_posterior(guide, progress=False)
+
+
+def test_divergences_are_named():
+    """The neck of this posterior was hardly entered, with an R-hat of 1.001 and thousands of effective draws."""
+
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z[..., 0] * z[..., 1], scale), obs=torch.tensor(0.5))
+
+    guide = rn.AutoRealNVP(model, num_couplings=4)
+    rn.fit_guide(guide, num_steps=100, seed=0, progress=False)
+    with pytest.warns(RuntimeWarning, match=r"% of the trajectories have diverged.*LocScaleReparam"):
+        rn.sample_posterior(guide, num_samples=100, warmup_steps=100, num_chains=64, progress=False)

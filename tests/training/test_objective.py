@@ -11,6 +11,7 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from helpers import perturb, points
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -203,3 +204,12 @@ def test_gradients_that_a_compiler_makes_wrong_are_not_used():
         start.compile()
     messages = [str(warning.message) for warning in caught]
     assert any("compare them with those of the" in message for message in messages)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:the loss could not be compiled:RuntimeWarning")
+def test_random_layers_are_compiled_all_the_same():
+    """Their gradients differ from evaluation to evaluation, though the loss of a new flow does not."""
+    embedding = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.3), nn.Linear(8, 3))
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2, hidden_dims=(8,), context_dim=3), embedding=embedding)
+    rn.fit(flow, X, context=X, num_steps=2, batch_size=64, standardize=False, progress=False, compile=True)
