@@ -110,9 +110,11 @@ class GuideBase:
         self._check_built()
         module, prefix = self._modules[name], f"{self._store_name}.{name}"
         store = pyro.get_param_store()
-        # torch.func.functional_call lends tensors that are no parameters, and not the guide's.
-        own = {n: p for n, p in module.named_parameters() if isinstance(p, nn.Parameter)}
-        tensors = {param_with_module_name(prefix, name): p for name, p in own.items()}
+        tensors = {
+            param_with_module_name(prefix, name): p
+            for name, p in module.named_parameters()
+            if isinstance(p, nn.Parameter)  # torch.func.functional_call lends other tensors
+        }
         stored, given = dict(store.named_parameters()), self._given_to_store
         # The store may have been loaded or set since, and then holds other tensors. So it does where a parameter of the
         # guide has been replaced, which then counts.
@@ -205,7 +207,7 @@ class GuideBase:
         return clone
 
 
-_UNPICKLED = ("_model", "_plain_model", "master", "_init_flow_fn", "_arguments")
+_UNPICKLED = ("_model", "_plain_model", "master", "_init_flow_fn", "_arguments", "_unmasked")
 _counts: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
