@@ -24,7 +24,6 @@ from .mixtures import are_many
 _NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
 _NARROW_GIVEN_CONTEXT = 1e-2
 _ROWS_PER_CONTEXT = 10  # with fewer, a regression explains what it has learned by heart
-_REWEIGHTINGS = 20
 _LEAST_VARIANCE = 1e-12
 
 
@@ -122,7 +121,7 @@ def _at(bijection: Compose, context: Tensor | None) -> Bijection:
 
 def _regression(z: Tensor, context: Tensor, weights: Tensor | None) -> tuple[list[ConditionalAffine], Tensor | None]:
     """The linear regression of standardized rows on their contexts, if it leaves little of some direction; and the
-    weights of the rows that it describes.
+    weights of the rows without extreme contexts.
 
     A flow hardly learns a density that is much narrower than the rows are without their contexts.
     """
@@ -131,18 +130,9 @@ def _regression(z: Tensor, context: Tensor, weights: Tensor | None) -> tuple[lis
         return [], weights
     inputs = torch.cat([context, torch.ones_like(context[:, :1])], 1).double()
     typical = typical_weights(context, weights)
-
-    def solve(factors: Tensor | float) -> tuple[Tensor, Tensor]:
-        weighted = (factors if typical is None else factors * typical.double()[:, None]) * inputs
-        found = torch.linalg.pinv(weighted.mT @ inputs, hermitian=True) @ (weighted.mT @ z.double())
-        return found, z - inputs @ found
-
-    residuals = solve(1.0)[1]
-    for _ in range(_REWEIGHTINGS):  # by Huber's weights, which a wrong row hardly moves
-        sizes = (residuals.abs() / residuals.abs().median(0).values.clamp(min=1e-300)).amax(1, keepdim=True)
-        residuals = solve((2 / sizes).clamp(max=1.0))[1]
-    typical = typical_weights(residuals, typical)
-    solution, residuals = solve(1.0)
+    weighted = inputs if typical is None else typical.double()[:, None] * inputs
+    solution = torch.linalg.pinv(weighted.mT @ inputs, hermitian=True) @ (weighted.mT @ z.double())
+    residuals = z - inputs @ solution
     least = _variances(residuals, typical)[0][0]
     if not _LEAST_VARIANCE < least < _NARROW_GIVEN_CONTEXT:  # nor if the contexts say all, as in a copy of the rows
         return [], weights
