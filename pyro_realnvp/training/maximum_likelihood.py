@@ -27,6 +27,7 @@ from .objective import Objective, log_likelihood, refuse_unknown_parameters
 from .options import LoopOptions, plain
 from .rows import Batch
 from .start import start
+from .streams import Stream
 
 _WORSE = 0.1  # nats, more than the noise of a held-out part
 _start_may_be_best: ContextVar[bool] = ContextVar("start_may_be_best", default=False)
@@ -173,7 +174,9 @@ def fit(
         flow, x, context, weights, validation, batch_size, torch.Generator().manual_seed(seed)
     )
     distributed.share_constants(flow)
-    start(flow, lambda: of_all_processes(batches.some()), standardize=standardize)
+    # All processes have all rows, but each only its own part of a stream.
+    gathered = of_all_processes if isinstance(batches, Stream) else (lambda batch: batch)
+    start(flow, lambda: gathered(batches.some()), standardize=standardize)
     objective = Objective(flow, compile, autocast)
     if distributed.are_many():
         objective = DistributedDataParallel(objective)  # gives all processes the weights of the first
