@@ -227,9 +227,9 @@ class AllLatents(GuideBase, AutoContinuous):
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         values, ladjs = self._constrain(latent, args, kwargs)
-        posterior = self.get_posterior(*args, **kwargs)
-        if not posterior.has_rsample:
-            give_to_a_site(f"_{self._pyro_name}_log_q", posterior.log_prob(latent), ladjs)
+        if not self.get_base_dist().has_rsample:
+            log_q = self.get_posterior(*args, **kwargs).log_prob(latent)
+            give_to_a_site(f"_{self._pyro_name}_log_q", log_q, ladjs)
         draws = {}
         for name, value in values.items():
             event_dim = self.prototype_trace.nodes[name]["fn"].event_dim
