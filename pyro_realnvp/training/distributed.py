@@ -25,16 +25,12 @@ def rank() -> int:
     return torch.distributed.get_rank() if are_many() else 0
 
 
-def total(value: Tensor) -> Tensor:
-    """The sum of the value over all processes, which replaces it in place."""
-    if are_many():
-        torch.distributed.all_reduce(value)
-    return value
-
-
 def mean(value: Tensor) -> Tensor:
     """The mean of the value over all processes, which replaces it in place."""
-    return total(value).div_(count()) if are_many() else value
+    if are_many():
+        torch.distributed.all_reduce(value)
+        value.div_(count())
+    return value
 
 
 def agree(value: Value) -> Value:
@@ -45,11 +41,19 @@ def agree(value: Value) -> Value:
     return values[0]
 
 
-def share_constants(module: nn.Module) -> None:
-    """Gives all processes the masks and permutations that the first has, which DistributedDataParallel leaves out."""
-    if are_many():
-        state = {name: value for name, value in module.state_dict().items() if name.endswith("_extra_state")}
-        module.load_state_dict(agree(state), strict=False)
+def share_state(module: nn.Module) -> None:
+    """Gives all processes the whole state that the module has in the first: weights, buffers, masks, permutations."""
+    if not are_many():
+        return
+    state = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in module.state_dict().items()}
+    shapes = gather({k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)})
+    others = [rank for rank, theirs in enumerate(shapes) if theirs != shapes[0]]
+    if others:
+        raise ValueError(
+            f"expected the same flow in all processes; the one of process {others[0]} has other layers than that of "
+            "process 0: build it, and load it, in each of them alike"
+        )
+    module.load_state_dict(agree(state))
 
 
 def gather(value: Value) -> list[Value]:

@@ -2,7 +2,6 @@
 """The loss of held-out rows, which single extreme rows cannot decide."""
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -44,19 +43,22 @@ class HeldOutLoss:
             losses.append(-log_likelihood(self.flow, batch).double())
             weights.append(torch.ones_like(losses[-1]) if batch.weights is None else batch.weights.to(losses[-1]))
         losses, weights = torch.cat(losses), torch.cat(weights)
-        is_extreme = self._find_extreme(losses)
-        positions = is_extreme.nonzero().flatten().cpu()
+        positions = torch.arange(len(losses))
         numbers = self.batches.numbers(positions) if hasattr(self.batches, "numbers") else positions
-        self.extreme = sorted(chain.from_iterable(distributed.gather(numbers.tolist())))
-        losses, weights = losses[~is_extreme], weights[~is_extreme]
-        loss, weight = distributed.total(torch.stack([(weights * losses).sum(), weights.sum()]))
-        return float(loss / weight)
+        # All processes look at all rows, so that they agree on which of them are extreme.
+        parts = distributed.gather((losses.cpu(), weights.cpu(), numbers))
+        losses, weights, numbers = (torch.cat(each) for each in zip(*parts))
+        is_extreme = _find_extreme(losses)
+        self.extreme = sorted(numbers[is_extreme].tolist())
+        weights = weights[~is_extreme]
+        return float((weights * losses[~is_extreme]).sum() / weights.sum())
 
-    def _find_extreme(self, losses: Tensor) -> Tensor:
-        finite = losses[losses.isfinite()]
-        if not len(finite):
-            return torch.zeros_like(losses, dtype=torch.bool)
-        low, median, high = finite[:_MOST_SORTED].quantile(torch.tensor([0.25, 0.5, 0.75]).to(finite))
-        # A row of infinite density is not extreme, since it is the flow that is wrong then.
-        is_extreme = ~(losses <= median + EXTREME * (high - low)) & (high > low)
-        return is_extreme & (is_extreme.sum() <= max(1, _MOST_EXTREME_ROWS * len(losses)))
+
+def _find_extreme(losses: Tensor) -> Tensor:
+    finite = losses[losses.isfinite()]
+    if not len(finite):
+        return torch.zeros_like(losses, dtype=torch.bool)
+    low, median, high = finite[:_MOST_SORTED].quantile(torch.tensor([0.25, 0.5, 0.75]).to(finite))
+    # A row of infinite density is not extreme, since it is the flow that is wrong then.
+    is_extreme = ~(losses <= median + EXTREME * (high - low)) & (high > low)
+    return is_extreme & (is_extreme.sum() <= max(1, _MOST_EXTREME_ROWS * len(losses)))

@@ -173,13 +173,13 @@ def fit(
     batches, held_out, tables = prepare(
         flow, x, context, weights, validation, batch_size, torch.Generator().manual_seed(seed)
     )
-    distributed.share_constants(flow)
+    distributed.share_state(flow)  # start looks at it
     # All processes have all rows, but each only its own part of a stream.
     gathered = of_all_processes if isinstance(batches, Stream) else (lambda batch: batch)
     start(flow, lambda: gathered(batches.some()), standardize=standardize)
     objective = Objective(flow, compile, autocast)
     if distributed.are_many():
-        objective = DistributedDataParallel(objective)  # gives all processes the weights of the first
+        objective = DistributedDataParallel(objective)
     training = Training([flow], parameters, options)
     if file:
         split = validation if isinstance(validation, (int, float)) else None

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,15 +29,27 @@ def rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def train(data=X, **options):
+FAR = 1000 + 50 * X
+EXTREME = torch.cat([1e6 * X[:1], X[:1], 1e6 * X[1:2], X[1:40]])  # both extreme rows come to one process
+
+
+def train(data=X, base=None, trained_by=None, **options):
+    """What a training of a flow gives. The flow of one process may have been trained before."""
     torch.manual_seed(rank())  # each process starts with other weights and permutations; fit copies those of the first
     between = lambda dim: rn.ActNorm(dim).inv  # noqa: E731
     context_dim = 2 if "context" in options else 0
     couplings = rn.real_nvp(3, num_couplings=4, hidden_dims=(8,), between=between, context_dim=context_dim)
-    flow = rn.Flow(rn.Compose([couplings, rn.Permute(torch.arange(3).roll(rank()))])).double()
+    flow = rn.Flow(rn.Compose([couplings, rn.Permute(torch.arange(3).roll(rank()))]), base=base).double()
+    if rank() == trained_by:
+        for bijection in flow.modules():
+            if isinstance(bijection, rn.ActNorm):
+                bijection.initialize(X + 1)
     options = {"num_steps": 40, "validate_every": 10, "seed": 0, "batch_size": 48, "progress": False} | options
-    history = rn.fit(flow, data, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = rn.fit(flow, data, **options)
     return {
+        "layers": [type(module).__name__ for module in flow.modules()],
         "weights": torch.cat([p.detach().flatten() for p in flow.parameters()]).tolist(),
         "loss": history.loss,
         "validation_loss": history.validation_loss,
@@ -70,6 +83,9 @@ CASES = {
     "early": lambda: train(validation=-X, patience=10),
     "callback": lambda: train(callbacks=callbacks()),
     "one row held out": lambda: train(validation=X[:1]),
+    "far rows and a mixture": lambda: train(FAR, base=rn.MixtureBase(3, num_components=2)),
+    "far rows, the second was trained": lambda: train(FAR, trained_by=1),
+    "extreme rows held out": lambda: train(validation=EXTREME),
     "compiled": lambda: train(compile=True),
     "no sampler": lambda: refused(data=DataLoader(TensorDataset(X), batch_size=24)),
     "odd batch": lambda: refused(batch_size=33),
