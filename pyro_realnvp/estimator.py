@@ -22,7 +22,7 @@ from .extremes import fit_scaler
 from .table_flows import candidates, fading_noise, is_better, mixture_start, refit
 from .ties import warn_of_ties
 from .training.history import History
-from .training.maximum_likelihood import fit, start_may_be_best
+from .training.maximum_likelihood import fit, for_an_estimator
 
 Seed = int | np.random.RandomState | None
 
@@ -182,7 +182,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             )
         start = mixture_start(flows) if num_held_out else None
         histories = []
-        with start_may_be_best():  # a flow starts as a normal or a mixture, which few rows may not improve
+        with for_an_estimator(held_out):  # a flow starts as a normal or a mixture, which few rows may not improve
             for flow in flows:
                 history = fit(
                     flow,

@@ -5,6 +5,7 @@ import copy
 import itertools
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,7 +25,8 @@ from .mixtures import are_many
 _NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
 _NARROW_GIVEN_CONTEXT = 1e-2
 _ROWS_PER_CONTEXT = 10  # with fewer, a regression explains what it has learned by heart
-_LEAST_VARIANCE = 1e-12
+_ROUNDINGS = 4  # of rows, up to which a deviation is nothing else
+_PART_OF_DIRECTION = 0.05
 
 
 def candidates(
@@ -109,9 +111,10 @@ def _to_table(
     typical = typical_weights(unbounded, weights)
     standardize = Standardize(x.shape[1]).to(x).fit(unbounded, typical)
     z = standardize(unbounded)
-    regression, typical = ([], typical) if context is None else _regression(z, context, typical)
+    rounding = torch.finfo(x.dtype).eps * (1 + (standardize.mean / standardize.std).abs()).double()
+    regression, typical = ([], typical) if context is None else _regression(z, context, typical, rounding)
     narrow = _NARROW_GIVEN_CONTEXT if regression else _NARROW
-    whitening = _whitening(_at(Compose(regression), context).inv(z), typical, narrow)
+    whitening = _whitening(_at(Compose(regression), context).inv(z), typical, narrow, rounding)
     return [*whitening, *regression, standardize.inv, *(f.inv for f in bounds)], typical
 
 
@@ -119,11 +122,14 @@ def _at(bijection: Compose, context: Tensor | None) -> Bijection:
     return bijection if context is None else bijection.condition(context)
 
 
-def _regression(z: Tensor, context: Tensor, weights: Tensor | None) -> tuple[list[ConditionalAffine], Tensor | None]:
+def _regression(
+    z: Tensor, context: Tensor, weights: Tensor | None, rounding: Tensor
+) -> tuple[list[Bijection], Tensor | None]:
     """The linear regression of standardized rows on their contexts, if it leaves little of some direction; and the
     weights of the rows without extreme contexts.
 
-    A flow hardly learns a density that is much narrower than the rows are without their contexts.
+    A flow hardly learns a density that is much narrower than the rows are without their contexts. If the contexts say
+    all, up to the rounding of the rows, there is no density to learn, and a warning says so.
     """
     dim, num = z.shape[1], context.shape[1] + 1
     if len(z) < _ROWS_PER_CONTEXT * num:
@@ -131,10 +137,22 @@ def _regression(z: Tensor, context: Tensor, weights: Tensor | None) -> tuple[lis
     inputs = torch.cat([context, torch.ones_like(context[:, :1])], 1).double()
     typical = typical_weights(context, weights)
     weighted = inputs if typical is None else typical.double()[:, None] * inputs
-    solution = torch.linalg.pinv(weighted.mT @ inputs, hermitian=True) @ (weighted.mT @ z.double())
-    residuals = z - inputs @ solution
-    least = _variances(residuals, typical)[0][0]
-    if not _LEAST_VARIANCE < least < _NARROW_GIVEN_CONTEXT:  # nor if the contexts say all, as in a copy of the rows
+    inverse, residuals = torch.linalg.pinv(weighted.mT @ inputs, hermitian=True), z.double()
+    solution = torch.zeros(num, dim).to(inputs)
+    for _ in range(2):  # the second time removes the rounding of the first
+        solution += inverse @ (weighted.mT @ residuals)
+        residuals = z - inputs @ solution
+    variances, directions = _variances(residuals, typical)
+    if variances[0] > _NARROW_GIVEN_CONTEXT:
+        return [], weights
+    if variances[0] <= _of_rounding(directions, rounding)[0]:
+        columns = (directions[:, 0].abs() > _PART_OF_DIRECTION).nonzero().flatten().tolist()
+        warnings.warn(
+            f"columns {columns[:10]} of X follow from the context, so that their density has no bound: drop one of "
+            "them",
+            RuntimeWarning,
+            stacklevel=5,
+        )
         return [], weights
     layer = ConditionalAffine(dim, num - 1).to(z).requires_grad_(False)
     layer.linear.weight[dim:] = solution[:-1].mT.to(z)
@@ -146,10 +164,19 @@ def _variances(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """The variances about 0 along the principal directions of rows, in ascending order, and the directions."""
     rows = z.double()
     weights = torch.ones(len(z)).to(rows) if weights is None else weights.to(rows)
-    return torch.linalg.eigh((weights[:, None] * rows).mT @ rows / weights.sum())
+    rows = (weights / weights.sum()).sqrt()[:, None] * rows
+    # Singular values are precise to the rounding of the rows, and eigenvalues of their products to that of its square.
+    r = torch.linalg.qr(torch.cat([rows, torch.zeros(rows.shape[1], rows.shape[1]).to(rows)]), mode="r").R
+    _, deviations, directions = torch.linalg.svd(r)
+    return deviations.flip(0).square(), directions.mT.flip(1)
 
 
-def _whitening(z: Tensor, weights: Tensor | None, narrow: float) -> list[TriangularAffine]:
+def _of_rounding(directions: Tensor, rounding: Tensor) -> Tensor:
+    """The variance along directions up to which it may be rounding."""
+    return (_ROUNDINGS * rounding[:, None] * directions).square().sum(0)
+
+
+def _whitening(z: Tensor, weights: Tensor | None, narrow: float, rounding: Tensor) -> list[TriangularAffine]:
     """The affine map that gives standardized rows their correlations, if some direction is narrow; else nothing.
 
     Couplings hardly learn such a direction, since it is not along an axis. Where no direction is nearly constant they
@@ -159,7 +186,7 @@ def _whitening(z: Tensor, weights: Tensor | None, narrow: float) -> list[Triangu
     variances, directions = _variances(z, weights)
     if variances[0] > narrow:
         return []
-    tril = triangular_root(directions * variances.clamp(min=_LEAST_VARIANCE).sqrt())
+    tril = triangular_root(directions * torch.maximum(variances, _of_rounding(directions, rounding)).sqrt())
     return [TriangularAffine(dim).to(z).start_at(torch.zeros(dim).to(z), tril)]
 
 

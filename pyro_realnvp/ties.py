@@ -11,7 +11,9 @@ _FEW_ROWS = 50  # fewer say nothing about ties
 _MOST_TIES = 0.1  # of the rows, above which a warning says that a value is repeated,
 _TIMES_AS_OFTEN = 10  # if it is so much more frequent than others
 _MOST_COPIES = 0.05  # of the rows, above which a warning says that rows are repeated
-_LEAST_VARIANCE = 1e-12  # of standardized rows, below which they lie in a plane
+_LEAST_DEVIATION = 1e-6  # of standardized rows, below which they lie in a plane
+_ROUNDING = 1e-12
+_ROUNDINGS = 4
 _PART_OF_DIRECTION = 0.05
 
 
@@ -49,29 +51,34 @@ def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
             "sample_weight= if they count more"
         )
     standard = X / np.abs(X).max(0, initial=np.finfo(X.dtype).tiny)  # squares of the values themselves may be infinite
-    standard = (standard - standard.mean(0)) / np.where(standard.std(0) > 0, standard.std(0), 1)
+    standard = standard.astype(np.float64)
+    std = np.where(standard.std(0) > 0, standard.std(0), 1)
+    rounding = np.finfo(X.dtype).eps * (1 + np.abs(standard.mean(0)) / std)
+    least = np.maximum(_LEAST_DEVIATION, _ROUNDINGS * rounding)
+    standard = (standard - standard.mean(0)) / std
     copied = set()
-    for k in np.flatnonzero(is_real):
-        same = [j for j in range(k) if is_real[j] and standard[:, k].any() and np.allclose(*standard[:, [j, k]].T)]
+    for k in np.flatnonzero(is_real & standard.any(0)):
+        differences = {j: np.abs(standard[:, j] - standard[:, k]).max() for j in np.flatnonzero(is_real[:k])}
+        same = [int(j) for j in differences if differences[j] <= least[j] + least[k]]
         if same:
             copied.add(k)
-            _warn(f"column {k} is a copy of column {same[0]}, where a density has no bound: drop one of them")
-    varied = [k for k in np.flatnonzero(is_real) if k not in copied and standard[:, k].any()]
-    dependent = _dependent(standard[:, varied].astype(np.float64))
-    if len(dependent):
+            _warn(f"column {k} is a copy of column {same[0]}{_no_bound(differences[same[0]])}: drop one of them")
+    varied = [int(k) for k in np.flatnonzero(is_real) if k not in copied and standard[:, k].any()]
+    if len(varied) < 2 or len(X) <= len(varied):
+        return
+    _, deviations, directions = np.linalg.svd(standard[:, varied] / np.sqrt(len(X)), full_matrices=False)
+    if deviations[-1] <= np.linalg.norm(least[varied] * directions[-1]):
+        dependent = [k for k, part in zip(varied, directions[-1]) if abs(part) > _PART_OF_DIRECTION]
         _warn(
-            f"columns {[int(varied[k]) for k in dependent[:10]]} depend on each other linearly, so that all rows lie "
-            "in a plane, where a density has no bound: drop one of these columns"
+            f"columns {dependent[:10]} depend on each other linearly, so that all rows lie in a plane"
+            f"{_no_bound(deviations[-1])}: drop one of these columns"
         )
 
 
-def _dependent(standard: np.ndarray) -> np.ndarray:
-    """The standardized columns of the direction in which the rows do not vary, if there is one."""
-    if standard.shape[1] < 2 or len(standard) <= standard.shape[1]:
-        return np.zeros(0, dtype=int)
-    variances, directions = np.linalg.eigh(standard.T @ standard / len(standard))
-    is_plane = variances[0] < _LEAST_VARIANCE
-    return np.flatnonzero(np.abs(directions[:, 0]) > _PART_OF_DIRECTION) if is_plane else np.zeros(0, dtype=int)
+def _no_bound(deviation: float) -> str:
+    if deviation <= _ROUNDING:
+        return ", where a density has no bound"
+    return f" up to {deviation:.1g} of its spread; if that is rounding, the density has no bound"
 
 
 def _warn(message: str) -> None:

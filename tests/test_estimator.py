@@ -3,6 +3,8 @@
 
 import math
 import pickle
+import re
+import warnings
 
 import joblib
 import numpy as np
@@ -10,7 +12,7 @@ import pandas
 import pytest
 import sklearn
 import torch
-from helpers import table
+from helpers import small_density, table
 from scipy import stats
 from sklearn.base import clone
 from sklearn.datasets import load_iris, make_moons
@@ -405,8 +407,11 @@ def test_noise_helps_where_rows_are_few():
         "context rows": (lambda d: d.fit(X, context=np.ones((10, 2))), "inconsistent numbers"),
         "context inf": (lambda d: d.fit(X, context=np.full((300, 2), np.inf)), "context contains infinity"),
         "unwanted context": (lambda d: d.fit(X).score_samples(X, context=X), "context of no columns, as in fit; got 2"),
-        "no context": (lambda d: d.fit(X, context=X).score_samples(X), "context of 2 columns, as in fit; got none"),
-        "no context to sample": (lambda d: d.fit(X, context=X).sample(3), "context of 2 columns, as in fit; got none"),
+        "no context": (lambda d: d.fit(X, context=X**2).score_samples(X), "context of 2 columns, as in fit; got none"),
+        "no context to sample": (
+            lambda d: d.fit(X, context=X**2).sample(3),
+            "context of 2 columns, as in fit; got none",
+        ),
         "no samples": (lambda d: d.fit(X).sample(0), "n_samples >= 1"),
         "negative part": (lambda d: d.set_params(validation=-0.1).fit(X), "validation from 0 to 1"),
         "negative noise": (lambda d: d.set_params(noise=-1).fit(X), "noise >= 0"),
@@ -434,6 +439,43 @@ def test_a_narrow_direction_is_found():
     density = rn.RealNVPDensity(num_steps=100, random_state=0).fit(X)
     assert density.score(X) == pytest.approx(exact, abs=0.1)
     assert np.abs(np.diff(density.sample(1000, random_state=0), axis=1)).std() < 2e-4
+
+
+@pytest.mark.parametrize("given", ["column", "context"])
+@pytest.mark.parametrize(
+    "dtype, spread, noise", [("float64", 1e8, 1.0), ("float64", 1e8, 1e-3), ("float32", 1.0, 1e-5)]
+)
+@pytest.mark.filterwarnings("ignore:column 1 is a copy of column 0 up to:RuntimeWarning")
+def test_a_difference_far_below_the_spread(given, dtype, spread, noise):
+    """As the seconds between two times: below 1e-6 of the spread it was lost, with ten nats."""
+    rng = np.random.default_rng(0)
+    begin = 17 * spread * (dtype == "float64") + spread * rng.normal(size=(1000, 1))
+    end = (begin + noise * rng.normal(size=begin.shape)).astype(dtype)
+    begin = begin.astype(dtype)
+    X, context = (np.hstack([begin, end]), None) if given == "column" else (end, begin)
+    density = small_density(noise=0.0).fit(X, context=context)
+    exact = -0.5 * math.log(2 * math.pi * math.e) * X.shape[1] - math.log(noise)
+    exact -= math.log(spread) if given == "column" else 0
+    assert density.score(X, context=context) == pytest.approx(exact, abs=0.2)
+
+
+def test_columns_that_follow_from_the_context_are_named():
+    C = np.random.default_rng(0).normal(size=(100, 2))
+    X = np.c_[np.random.default_rng(1).normal(size=100), 3 * C[:, 0] - C[:, 1] + 5]
+    with pytest.warns(RuntimeWarning, match=r"columns \[1\] of X follow from the context"):
+        small_density().fit(X, context=C)
+
+
+def test_extreme_held_out_rows_have_the_numbers_of_the_rows_of_X():
+    X, numbers = np.random.default_rng(0).normal(size=(200, 2)), []
+    X[[5, 80, 137]] = [[300, -300], [-300, 300], [300, 300]]  # too many to be left out of the scales
+    for seed in range(10):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            small_density(random_state=seed, validation=0.3).fit(X)
+        texts = [str(w.message) for w in caught if str(w.message).startswith("the held-out rows")]
+        numbers += [int(k) for text in texts for k in re.search(r"rows \[(.*?)\]", text)[1].split(",")]
+    assert numbers and set(numbers) <= {5, 80, 137}
 
 
 def test_threads_give_the_same_fit_and_leave_the_callers_generator_alone():

@@ -38,10 +38,13 @@ class Foreign(Bijection):
     def __init__(self, transform: Transform):
         super().__init__((None,) * transform.domain.event_dim)
         self.transform = transform
-        self._held: list[tuple[object, str, str]] = list(_held_parameters(transform, "transform"))
+        self._held: list[tuple[object, str, str]] = []
         """Where a transform that is no module holds parameters of this module: an object, its attribute, our name."""
-        for holder, attribute, name in self._held:
-            self.register_parameter(name, getattr(holder, attribute))
+        for holder, attribute, name in _held_tensors(transform, "transform"):
+            value = getattr(holder, attribute)
+            if isinstance(value, nn.Parameter):
+                self._held.append((holder, attribute, name))
+                self.register_parameter(name, value)
         if isinstance(transform, (CatTransform, StackTransform)):
             self.parts: nn.ModuleList = nn.ModuleList(transform.transforms)
         self.elementwise: bool = not self.event_shape
@@ -92,6 +95,15 @@ class Foreign(Bijection):
         ladj = transform.log_abs_det_jacobian(x, y).to(y.dtype)
         return sum_events(ladj, max(0, ladj.dim() - x.dim() + self.domain.event_dim))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Foreign":
+        """Moves the constants of the transform, too, which no module knows of."""
+        super()._apply(fn, recurse)
+        for holder, attribute, _ in _held_tensors(self.transform, "transform"):
+            value = vars(holder)[attribute]
+            if not isinstance(value, nn.Parameter):
+                vars(holder)[attribute] = fn(value)
+        return self
+
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size(self.transform.forward_shape(shape))
 
@@ -130,13 +142,13 @@ def adopted(transform: Transform, adopt: Callable[[Transform], Bijection]) -> Fo
     return Foreign(transform)
 
 
-def _held_parameters(holder: object, path: str) -> Iterator[tuple[object, str, str]]:
-    """Where a transform, and the transforms and distributions in it, have parameters as plain attributes."""
+def _held_tensors(holder: object, path: str) -> Iterator[tuple[object, str, str]]:
+    """Where a transform, and the transforms and distributions in it, have tensors as plain attributes."""
     for name, value in own_attributes(holder).items():
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, Tensor):
             yield holder, name, f"{path}_{name}"
         elif isinstance(value, (Transform, Distribution)):
-            yield from _held_parameters(value, f"{path}_{name}")
+            yield from _held_tensors(value, f"{path}_{name}")
 
 
 class _JoinedEvents(Constraint):

@@ -2,7 +2,7 @@
 """What a guide of all latents of a model needs beside its distribution: their coordinates."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -20,11 +20,10 @@ from .agreement import check_finite
 from .base import GuideBase, are_same, give_to_a_site, quantiles_of
 from .coordinates import FromRelative
 from .density import LogDensity
+from .dynamic import are_dynamic, are_dynamic_far_away
 from .mapping import map_each
 from .relative import Relative
 from .sites import Site, beside_plates, find_sites, is_latent, unconstraining, unpack, with_fallback
-
-_NUM_FAR, _FAR = 8, 3.0  # how many points, and how far from the start, show where supports depend on latents
 
 
 class AllLatents(GuideBase, AutoContinuous):
@@ -47,8 +46,9 @@ class AllLatents(GuideBase, AutoContinuous):
     def build(self, *args: Any, **kwargs: Any) -> "AllLatents":
         """Looks at the model and makes the parameters. Returns the guide itself.
 
-        A later call leaves the parameters as they are. It sets the arguments with which :meth:`sample` runs the model,
-        if the supports or the priors depend on them.
+        The guide draws in the supports and in the coordinates that the model has with these arguments, and stays there
+        when it is called with others, such as those of a prediction. A later call of this method, and
+        :func:`fit_guide`, leave the parameters as they are and replace the arguments.
 
         Args:
             args, kwargs: the model's arguments.
@@ -58,8 +58,31 @@ class AllLatents(GuideBase, AutoContinuous):
         if is_new and self.master is None:
             with poutine.block():
                 self._create_plates(*args, **kwargs)  # NeuTraReparam reads them
-        self._arguments = args, kwargs
+        if is_new:
+            self._arguments = args, kwargs
+        elif not are_same(self._arguments, (args, kwargs)):
+            self._move_to(args, kwargs)
         return self
+
+    def _move_to(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.master is None and self._knows_model:
+            self.set_coordinates(self._look_again(args, kwargs))
+        self._arguments = args, kwargs
+
+    @contextmanager
+    def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        before = self._arguments
+        if before is not None and not are_same(before, (args, kwargs)):
+            self._move_to(args, kwargs)
+        try:
+            yield
+        finally:
+            self._arguments = before or self._arguments
+
+    @property
+    def _knows_model(self) -> bool:
+        # Pyro's Forecaster gives the guide the covariates of the future, and runs the model with handlers of its own.
+        return self._plain_model is not None and not isinstance(self.plain_model, ForecastingModel)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any):
         with poutine.block(), torch.random.fork_rng():
@@ -91,7 +114,8 @@ class AllLatents(GuideBase, AutoContinuous):
         self.latent_dim: int = density.dim
         # A part of a list of guides cannot see what the other parts draw.
         self._has_dynamic_supports = self.master is None and (
-            self._find_dynamic_supports(density) or self._find_dynamic_supports_far_away(density)
+            are_dynamic(density, self._init_loc(), self._by_prototype)
+            or are_dynamic_far_away(density, self._init_loc(), self._by_prototype)
         )
         return density
 
@@ -115,21 +139,16 @@ class AllLatents(GuideBase, AutoContinuous):
         tensors = [[part.reshape(shape) for part, shape in zip(parts, shapes)] for parts in pieces]
         return {name: Relative(*pair) for name, pair in zip(self._relative_names, zip(*tensors))}
 
-    def _density(self, arguments: tuple[tuple, dict] | None = None) -> LogDensity:
-        """The log-density of the model in the guide's coordinates, with these arguments or those of :meth:`build`."""
-        arguments = arguments or self._arguments
-        if arguments is None:
+    def _density(self) -> LogDensity:
+        """The log-density of the model in the guide's coordinates, with the arguments of :meth:`build`."""
+        if self._arguments is None:
             raise RuntimeError("the coordinates of this guide depend on its model: call guide.build(*args)")
-        density = self._look_again(*arguments)
+        density = self._look_again(*self._arguments)
         self.set_coordinates(density)
         density.is_mapped, density.own_tensors = self._is_mapped, self._own_tensors
         return density
 
     def _look_again(self, args: tuple, kwargs: dict) -> LogDensity:
-        if isinstance(self.plain_model, ForecastingModel):
-            # Pyro's Forecaster gives the guide the covariates of the future, for which it runs the model with handlers
-            # of its own.
-            args, kwargs = self._arguments or (args, kwargs)
         # What is no latent of the guide may be drawn here, such as the data in a prediction. A value of the prototype
         # may be outside of a support that these arguments move, but its unconstrained coordinates are not.
         point, sites = self._init_loc(), self.sites
@@ -141,6 +160,13 @@ class AllLatents(GuideBase, AutoContinuous):
         Raises:
             ValueError: the model has other latents.
         """
+        self._check_sites(density)
+        if self.master is None and not self._has_dynamic_supports:
+            # The supports may depend on the arguments, too.
+            self._has_dynamic_supports = are_dynamic(density, self._init_loc(), self._by_prototype)
+        density.relative = self.relative
+
+    def _check_sites(self, density: LogDensity) -> None:
         own, others = ({name: site.layout for name, site in s.items()} for s in (self.sites, density.sites))
         if own != others:
             raise ValueError(
@@ -148,10 +174,6 @@ class AllLatents(GuideBase, AutoContinuous):
                 f"{_sizes(density.sites)}, or other entries of them are missing: make the guide (again) with this "
                 "model and these arguments"
             )
-        if self.master is None and not self._has_dynamic_supports:
-            # The supports may depend on the arguments, too.
-            self._has_dynamic_supports = self._find_dynamic_supports(density)
-        density.relative = self.relative
 
     def _init_loc(self, nodes: dict | None = None) -> Tensor:
         """The values of a trace of the model, by default the prototype, in plain unconstrained coordinates."""
@@ -163,43 +185,17 @@ class AllLatents(GuideBase, AutoContinuous):
             ]
         )
 
-    def _find_dynamic_supports(self, density: LogDensity, step: Tensor | float = 0.5) -> bool:
-        """Whether supports depend on latents, arguments or parameters.
-
-        They then have a graph, or they give other values at a point than those of the prototype.
-        """
-        with torch.enable_grad():
-            start = self._init_loc().detach().requires_grad_()
-            point = start + torch.as_tensor(step).to(start)
-            trace, place = density.run(point, relative={})
-            values, _ = self._constrain_by_prototype(point)
-            for name, site in self.sites.items():
-                at_fixed, _ = site.constrain(name, trace.nodes[name]["fn"], place.unconstrained[name].detach())
-                own = place.values[name].to(values[name])
-                if at_fixed.requires_grad or not torch.allclose(values[name], own, equal_nan=True):
-                    return True
-        return False
-
-    def _find_dynamic_supports_far_away(self, density: LogDensity) -> bool:
-        """A support that one of two branches of the model chooses has no graph, and other values at few points only."""
-        with torch.random.fork_rng():
-            for step in _FAR * torch.randn(_NUM_FAR, self.latent_dim, generator=torch.Generator().manual_seed(0)):
-                with suppress(Exception):  # of a model that cannot be evaluated so far away
-                    if self._find_dynamic_supports(density, step):
-                        return True
-        return False
+    def _by_prototype(self, points: Tensor) -> dict[str, Tensor]:
+        return self._constrain_by_prototype(points)[0]
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The bijection from the base to unconstrained coordinates.
 
         Args:
-            args, kwargs: the model's arguments; by default those of :meth:`build`. Only the coordinates of
-                :attr:`relative` depend on them.
+            args, kwargs: ignored. The coordinates of :attr:`relative` are those of the arguments of :meth:`build`.
         """
         transform = self.own("transform")
-        if not self._relative_names:
-            return transform
-        return Compose([transform, FromRelative(self._density((args, kwargs) if args or kwargs else None))])
+        return Compose([transform, FromRelative(self._density())]) if self._relative_names else transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The guide's distribution of all latents, in unconstrained coordinates; see :meth:`get_transform`."""
@@ -216,17 +212,16 @@ class AllLatents(GuideBase, AutoContinuous):
         """
         if self.prototype_trace is None:
             self.build(*args, **kwargs)
-        if self._arguments is None:  # after unpickling
-            self._arguments = args, kwargs
-        if not args and not kwargs:
+        if not args and not kwargs and self._arguments:
             args, kwargs = self._arguments
-        # Whatever has to run the model checks that the guide fits the arguments. The others check new arguments here.
-        runs_model = self._has_dynamic_supports or (self._relative_names and (args or kwargs))
-        if self.master is None and not (runs_model or are_same(self._arguments, (args, kwargs))):
-            self._density((args, kwargs))
+        if not are_same(self._arguments, (args, kwargs)):
+            if self._arguments is None or not self.is_trained:  # None after unpickling
+                self._move_to(args, kwargs)
+            elif self.master is None and self._knows_model:
+                self._check_sites(self._look_again(args, kwargs))
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        values, ladjs = self._constrain(latent, args, kwargs)
+        values, ladjs = self._constrain(latent)
         if not self.get_base_dist().has_rsample:
             log_q = self.get_posterior(*args, **kwargs).log_prob(latent)
             give_to_a_site(f"_{self._pyro_name}_log_q", log_q, ladjs)
@@ -240,13 +235,11 @@ class AllLatents(GuideBase, AutoContinuous):
                 draws[name] = pyro.sample(name, dist.Delta(value, log_density=-ladj, event_dim=event_dim))
         return draws
 
-    def _constrain(
-        self, points: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _constrain(self, points: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The values of each site, and log|det| of each element of its batch, at points ``(..., D)``."""
         if not self._has_dynamic_supports:
             return self._constrain_by_prototype(points)
-        density = self._density((args, kwargs))
+        density = self._density()
         density.relative = {}
         results = density.constrain(points.reshape(-1, self.latent_dim))
         return map_each(results, lambda value: value.reshape(points.shape[:-1] + value.shape[1:]))

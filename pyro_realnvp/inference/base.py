@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -45,6 +46,10 @@ class GuideBase:
 
     def set_coordinates(self, density: LogDensity) -> None:
         """Gives the log-density of a model the coordinates in which this guide draws all latents at once."""
+
+    def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Within it, the guide draws in the supports and the coordinates that the model has with these arguments."""
+        return nullcontext()
 
     def mark_trained(self) -> None:
         """Is called by :func:`fit_guide` when the training ends. A subclass may override it."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .enumeration import Enumerate, factors, total
 from .mapping import Point, count, each, join, map_over, split, vmap
 from .relative import Relative, is_relative
-from .sites import Place, Site, batch_mask, find_sites, is_enumerated, is_latent, unconstraining
+from .sites import Place, Site, batch_mask, find_sites, is_enumerated, is_latent, mask_of_latents, unconstraining
 from .subsampling import MOST_PASSES, Pass, crossed, draws_rows, passes_of, sequential
 from .validity import apply_validity, is_validated
 
@@ -97,9 +97,24 @@ class LogDensity:
         return find_sites(nodes, self._influence(found))
 
     def _influence(self, sites: dict[str, Site]) -> dict[str, Tensor]:
-        """Which entries of the sites' values change the log-density, at the values in the trace or near them."""
+        """Which entries of the sites' values change the log-density, at the values in the trace or near them.
+
+        For a latent under a subsampled plate, it is the log-density of the rows in the trace, whose mask it has there.
+        """
         nodes = self.trace.nodes
-        rows = {name: nodes[name]["value"] for name in self.plates}  # the masks in the trace are theirs
+        shown = self._influence_with(sites, {name: nodes[name]["value"] for name in self.plates})
+        of_all = {name: mask_of_latents(nodes[name], shown[name]) for name in sites if not self._is_of_rows(name)}
+        for _, rows in self.passes(most=None) if self.plates else ():
+            if all(mask.all() for mask in of_all.values()):
+                break
+            more = self._influence_with(sites, rows)
+            for name in of_all:
+                shown[name] |= more[name]
+                of_all[name] = mask_of_latents(nodes[name], shown[name])
+        return shown
+
+    def _influence_with(self, sites: dict[str, Site], rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        nodes = self.trace.nodes
         influence = {name: torch.zeros_like(nodes[name]["value"], dtype=torch.bool) for name in sites}
         for noise in (0.0, 0.3, 1.0, 3.0):
             values = {}
@@ -224,8 +239,10 @@ class LogDensity:
     @property
     def has_latents_of_rows(self) -> bool:
         """Whether a latent is under a plate that draws subsamples."""
-        stacks = [self.trace.nodes[name]["cond_indep_stack"] for name in self.latents]
-        return any(frame.name in self.plates for stack in stacks for frame in stack)
+        return any(map(self._is_of_rows, self.latents))
+
+    def _is_of_rows(self, name: str) -> bool:
+        return any(frame.name in self.plates for frame in self.trace.nodes[name]["cond_indep_stack"])
 
     # -- rows of subsampled plates -------------------------------------------------------------------------------------
 

@@ -97,7 +97,8 @@ def diagnose(
 
     Args:
         guide: any guide of Pyro, such as an :class:`AutoRealNVP`.
-        args, kwargs: the model's arguments, passed on to model and guide.
+        args, kwargs: the model's arguments, passed on to model and guide. An :class:`AutoRealNVP` is carried over into
+            the supports and the coordinates that the model has with them.
         model: the model; only needed for a guide that was not made from one.
         num_samples: the number of draws; PSIS-k wants a thousand or more.
         memory: the bytes that one evaluation of many draws may take.

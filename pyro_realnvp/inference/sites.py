@@ -116,9 +116,8 @@ def find_sites(nodes: Mapping[str, dict[str, Any]], influence: dict[str, Tensor]
                 "has no coordinates: draw a site with another support, and compute this one from it"
             )
         found[name] = Site(unconstraining(name, site["fn"]).inv(value).shape)
-        mask = batch_mask(site)
-        if mask is not None and influence is not None:
-            found[name] = _masked(found[name].shape, mask, influence[name])
+        if influence is not None and batch_mask(site) is not None:
+            found[name] = _masked(found[name].shape, mask_of_latents(site, influence[name]))
     # A value without free coordinates, such as a simplex of one entry, is a latent all the same.
     return {name: site for name, site in found.items() if site.size or (counts(nodes[name]) and not site.shape.numel())}
 
@@ -138,11 +137,18 @@ def counts(site: dict[str, Any]) -> bool:
     return site["value"].numel() > 0 and (mask is None or bool(mask.any()))
 
 
-def _masked(shape: torch.Size, mask: Tensor, has_influence: Tensor) -> Site:
-    is_latent = mask | has_influence.reshape(mask.shape + (-1,)).any(-1)
+def mask_of_latents(site: dict[str, Any], has_influence: Tensor) -> Tensor:
+    """Which elements of the batch of a site are latents: those with a prior, or with entries that have influence."""
+    mask = batch_mask(site)
+    if mask is None:
+        return torch.ones(site["fn"].batch_shape, dtype=torch.bool, device=site["value"].device)
+    return mask | has_influence.reshape(mask.shape + (-1,)).any(-1)
+
+
+def _masked(shape: torch.Size, is_latent: Tensor) -> Site:
     if is_latent.all():
         return Site(shape)
-    entries = is_latent.reshape(mask.shape + (1,) * (len(shape) - mask.dim())).expand(shape)
+    entries = is_latent.reshape(is_latent.shape + (1,) * (len(shape) - is_latent.dim())).expand(shape)
     return Site(shape, is_latent, entries.reshape(-1).nonzero().squeeze(-1))
 
 

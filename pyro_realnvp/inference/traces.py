@@ -3,6 +3,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ def run(model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[st
     Raises:
         ValueError: a latent site that only one of them has.
     """
-    guide_trace, model_trace = _traces(model, guide, args, kwargs)
+    with guide.at(args, kwargs) if isinstance(guide, GuideBase) else nullcontext():
+        guide_trace, model_trace = _traces(model, guide, args, kwargs)
     drawn = {name for name in guide_trace.stochastic_nodes if not site_is_subsample(guide_trace.nodes[name])}
     missing = {name for name, site in model_trace.nodes.items() if is_latent(site) and counts(site)} - drawn
     if missing:

@@ -30,7 +30,7 @@ from .start import start
 from .streams import Stream
 
 _WORSE = 0.1  # nats, more than the noise of a held-out part
-_start_may_be_best: ContextVar[bool] = ContextVar("start_may_be_best", default=False)
+_held_out_numbers: ContextVar[Sequence[int] | None] = ContextVar("held_out_numbers", default=None)
 
 
 def fit(
@@ -102,7 +102,9 @@ def fit(
             generator.
         checkpoint: a file for the whole state of the training, written at the start, at regular intervals and at the
             end. If the training was stopped, the same call resumes it from the file; on a CPU the result is, bit for
-            bit, that of an uninterrupted training. If the training in the file is complete, its result is loaded.
+            bit, that of an uninterrupted training (of a ``DataLoader``, if it draws the same batches from the same
+            random states, which workers that persist do not). If the training in the file is complete, its result is
+            loaded.
         checkpoint_every: the number of steps between checkpoints.
         augment: a function that takes the x of a batch and returns the x to train on, for example with noise or with
             flipped images. Held-out rows are not augmented.
@@ -229,9 +231,11 @@ def fit(
 
 def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
     """Says why the best weights may not be what the user expects."""
+    numbers = _held_out_numbers.get()
     if validate is not None and validate.extreme:
+        extreme = validate.extreme if numbers is None else sorted(int(numbers[k]) for k in validate.extreme)
         warnings.warn(
-            f"the held-out rows {validate.extreme} are far from all others (their losses are not finite, or more than "
+            f"the held-out rows {extreme} are far from all others (their losses are not finite, or more than "
             f"{EXTREME} interquartile ranges above the median), so they did not count in the choice of the best "
             "weights: look at them, they may be fill values or outliers",
             RuntimeWarning,
@@ -247,7 +251,7 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
     # A start that is as good as the end may be the best there is, as for normal data that are standardized.
     is_worse = history.best_step == 0 and not history.validation_loss[-1] <= history.best_loss + _WORSE
     has_start = math.isfinite(history.best_loss)
-    if is_worse and has_start and history.stopped in ("finished", "early") and not _start_may_be_best.get():
+    if is_worse and has_start and history.stopped in ("finished", "early") and numbers is None:
         warnings.warn(
             f"the training has raised the held-out loss from {history.best_loss:.4g} to "
             f"{history.validation_loss[-1]:.4g}, so the flow keeps the weights it came with: take a lower lr, more "
@@ -258,16 +262,16 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
 
 
 @contextmanager
-def start_may_be_best() -> Iterator[None]:
-    """Within it, `fit` does not warn if no training has improved the start.
+def for_an_estimator(held_out: Sequence[int]) -> Iterator[None]:
+    """Within it, `fit` gives the held-out rows these numbers, and does not warn if no training has improved the start.
 
     It is a setting of the thread, since `warnings.catch_warnings` changes the filters of all threads.
     """
-    token = _start_may_be_best.set(True)
+    token = _held_out_numbers.set(held_out)
     try:
         yield
     finally:
-        _start_may_be_best.reset(token)
+        _held_out_numbers.reset(token)
 
 
 def _initialize(flow: nn.Module, batch: Batch) -> None:

@@ -37,6 +37,21 @@ def test_compose_takes_everything_apart():
     assert d.log_prob(d.sample((4,))).shape == (4,)
 
 
+def test_the_constants_of_transforms_move_with_the_module():
+    scale, loc = torch.full((3,), 2.0).double(), torch.arange(3.0).double()
+    cdf = T.CumulativeDistributionTransform(dist.Normal(loc, scale))
+    f = rn.Compose([rn.real_nvp(3, num_couplings=2), T.AffineTransform(loc, scale), cdf, T.Permute(torch.arange(3))])
+    x = torch.randn(5, 3)
+    y = f.float()(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, cdf(x * 2 + torch.arange(3.0)))
+    torch.testing.assert_close(f.inv(y.clone()), x, atol=1e-3, rtol=1e-3)
+    assert f.double()(x.double()).dtype == torch.float64
+    affine = rn.Compose([T.AffineTransform(loc, scale)])
+    assert copy.deepcopy(affine).to("meta")(x.to("meta")).device.type == "meta"
+    assert affine(x).device.type == "cpu"
+
+
 def test_compose_of_nothing_is_the_identity():
     f, x = rn.Compose([]), torch.randn(3)
     assert f(x) is x
