@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.nn.utils import stateless
 
-from .bases import Base, MixtureBase
+from .bases import Base, MixtureBase, check_domain
 from .bijections.bijection import Bijection
 from .bijections.compose import Compose
 from .bijections.inputs import check_context, check_tensor
@@ -196,8 +196,9 @@ class Flow(nn.Module):
 
     Raises:
         TypeError: ``bijection`` is not a :class:`Bijection`.
-        ValueError: The event shape does not fit the bijection or the base. When called: the context is missing, not
-            expected or of the wrong width.
+        ValueError: The event shape does not fit the bijection or the base, or the base draws values that the bijection
+            does not take. When called: the context is missing, not expected or of the wrong width; or the temperature
+            takes the draws of a bounded base beyond the values that the bijection takes.
 
     Example:
         >>> from pyro_realnvp import real_nvp
@@ -248,6 +249,7 @@ class Flow(nn.Module):
                 f"expected a base with event shape {tuple(base_shape)}; got {tuple(got)}: "
                 "declare its axes as events with .to_event()"
             )
+        check_domain(bijection.domain, self.base if isinstance(self.base, MixtureBase) else self.base())
 
     def extra_repr(self) -> str:
         num_parameters = sum(p.numel() for p in self.parameters())
@@ -298,6 +300,7 @@ class Flow(nn.Module):
             if not base.mean.isfinite().all():
                 raise ValueError("expected a base with a mean, about which temperature scales it: use temperature=1")
             scale = dist.transforms.AffineTransform((1 - temperature) * base.mean, temperature)
+            check_domain(self.bijection.domain, base, temperature)
             base = FlowDistribution(base, [Compose([scale])], validate_args=False)
         return FlowDistribution(base, [bijection])
 

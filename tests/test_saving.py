@@ -48,7 +48,7 @@ def linear():
     ("there", "here"),
     {
         "couplings": (make_flow(), rn.Flow(rn.real_nvp(2, num_couplings=4, hidden_dims=(8,)))),
-        "number": (rn.Flow(rn.Compose([rn.Logit(0.05)]), (2,)), rn.Flow(rn.Compose([rn.Logit(0.01)]), (2,))),
+        "number": tuple(rn.Flow(rn.Compose([rn.Logit(a).inv]), (2,)) for a in (0.05, 0.01)),
         "bijection for a flow": (make_flow(), make_flow().bijection),
         "mask": (rn.FactorOut(rn.masks.checkerboard(1), linear()), rn.FactorOut(rn.masks.channelwise(4), linear())),
     },

@@ -102,6 +102,10 @@ class Bijection(TransformModule):
         """
         return changed if self.elementwise else torch.ones_like(changed)
 
+    def space(self, *, forward: bool, context: Tensor | None = None) -> Constraint:
+        """The outputs in the given direction, which in a composition may depend on the context."""
+        return self.codomain if forward else self.domain
+
     # -- what torch and Pyro ask for ---------------------------------------------------------------------------------
 
     @property
@@ -227,8 +231,17 @@ class Inverse(Bijection):
             event_shape = shape[len(shape) - bijection.codomain.event_dim :]
         super().__init__(event_shape, context_dim=bijection.context_dim)
         self.bijection = bijection
-        self.domain: Constraint = bijection.codomain
-        self.codomain: Constraint = bijection.domain
+
+    @property
+    def domain(self) -> Constraint:
+        return self.bijection.codomain
+
+    @property
+    def codomain(self) -> Constraint:
+        return self.bijection.domain
+
+    def space(self, *, forward: bool, context: Tensor | None = None) -> Constraint:
+        return self.bijection.space(forward=not forward, context=context)
 
     @property
     def inv(self) -> Bijection:
@@ -288,10 +301,16 @@ class Conditioned(Bijection):
         super().__init__(bijection.event_shape)
         check_context(bijection, context)
         self.bijection = bijection
-        self.domain: Constraint = bijection.domain
-        self.codomain: Constraint = bijection.codomain
         # The context moves with the module, but it is data and does not belong in a state_dict.
         self.register_buffer("context", context, persistent=False)
+
+    @property
+    def domain(self) -> Constraint:
+        return self.bijection.space(forward=False, context=self.context)
+
+    @property
+    def codomain(self) -> Constraint:
+        return self.bijection.space(forward=True, context=self.context)
 
     @property
     def sign(self) -> int | Tensor:

@@ -22,6 +22,7 @@ from .foreign import adopted
 from .inputs import check_event_shape
 from .memo import InverseTransform
 from .modes import is_eager
+from .reach import fixed_space, links, reached
 from .recompute import can_be_recomputed, from_output
 from .reshape import Permute
 from .runs import Run, marks, runs, shape_checkers
@@ -85,12 +86,23 @@ class Compose(Bijection):
         super().__init__(event_shape, context_dim=max(widths, default=0))
         self.parts: nn.ModuleList = nn.ModuleList(parts)
         self.checkpoint: bool | str = checkpoint
-        more = len(event_shape) - chain.domain.event_dim
-        self.domain: constraints.Constraint = _with_axes(chain.domain, more)
-        self.codomain: constraints.Constraint = _with_axes(chain.codomain, more)
+        chains = [links(parts, len(event_shape), forward=forward) for forward in (False, True)]
+        self._event_dims: list[int] = [chain[-1].event_dim if chain else len(event_shape) for chain in chains]
+        self._spaces: list[constraints.Constraint | None] = [fixed_space(c, len(event_shape)) for c in chains]
         self._cached_steps: tuple[list, list[_Step]] | None = None
         if not allow_unchanged:
             self._refuse_unchanged_entries()
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self.space(forward=False)
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.space(forward=True)
+
+    def space(self, *, forward: bool, context: Tensor | None = None) -> constraints.Constraint:
+        return self._spaces[forward] or reached(links(self.parts, len(self.event_shape), forward=forward), context)
 
     @property
     def sign(self) -> int | Tensor:
@@ -125,7 +137,7 @@ class Compose(Bijection):
 
     def _total(self, ladjs: list[Tensor], y: Tensor, forward: bool) -> Tensor:
         """The sum of the log-determinants, one for each y. A part may have returned a single number for all of them."""
-        batch_shape = y.shape[: y.dim() - (self.codomain if forward else self.domain).event_dim]
+        batch_shape = y.shape[: y.dim() - self._event_dims[forward]]
         total = sum(ladjs[1:], ladjs[0]) if ladjs else y.new_zeros(batch_shape)
         return total.expand(batch_shape)
 
@@ -209,21 +221,8 @@ class _Step(NamedTuple):
 
 
 def _steps(parts: Sequence[Bijection], found: list[tuple[int, Run | None]], event_dim: int) -> list[_Step]:
-    extra_dims = []
-    for part in parts:
-        extra_dims.append(event_dim - part.domain.event_dim)
-        event_dim += part.codomain.event_dim - part.domain.event_dim
-    if min(extra_dims, default=0) < 0:
-        raise ValueError(
-            f"expected parts whose events have no more axes than those of the composition; got {len(parts)} parts of "
-            "which one has more, after a change of the parts: build a new Compose from them"
-        )
-    return [_Step(parts[k], extra_dims[k], run) for k, run in found]
-
-
-def _with_axes(space: constraints.Constraint, count: int) -> constraints.Constraint:
-    """The space of events with so many more axes than those of `space`."""
-    return constraints.independent(space, count) if count else space
+    chain = links(parts, event_dim)
+    return [_Step(*chain[k], run) for k, run in found]
 
 
 def _adopt(part: Transform) -> Bijection:

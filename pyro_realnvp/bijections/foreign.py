@@ -57,7 +57,9 @@ class Foreign(Bijection):
 
     @property
     def sign(self) -> int | Tensor:
-        return self._current().sign
+        sign = self._current().sign
+        vars(self.transform).pop("sign", None)  # a lazy property would keep that of the parameters it has now
+        return sign
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(x, forward=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .modes import is_autocast, is_eager
-from .shapes import bounds, of_entries
+from .shapes import Region, bounds, of_entries, strictly_inside
 
 
 def check_event_shape(bijection: nn.Module, shape: Sequence[int], event_shape: Sequence[int | None]) -> torch.Size:
@@ -107,11 +107,13 @@ def first_real(module: nn.Module, held: str) -> Tensor | None:
 def check_bounds(bijection: nn.Module, value: Tensor, domain: constraints.Constraint) -> None:
     """Raises an error if entries of `value` lie beyond the bounds of the domain, unless Pyro's validation is off."""
     low, high = bounds(domain)
-    if (low is None and high is None) or not (dist.is_validation_enabled() and isinstance(value, Tensor)):
+    is_region = isinstance(domain, Region)
+    is_bounded = is_region or low is not None or high is not None
+    if not (is_bounded and dist.is_validation_enabled() and isinstance(value, Tensor)):
         return
     if not is_eager(value, *(bound for bound in (low, high) if isinstance(bound, Tensor))):
         return
-    beyond = torch.zeros_like(value, dtype=torch.bool)
+    beyond = ~strictly_inside(domain, value) if is_region else torch.zeros_like(value, dtype=torch.bool)
     if low is not None:
         beyond |= value < torch.as_tensor(low).to(value)
     if high is not None:

@@ -72,6 +72,16 @@ def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
     return x.flatten(-4, -3).flatten(-2, -1)
 
 
+class Region(constraints.Constraint):
+    """Events that are not all those between some bounds of their entries."""
+
+    is_discrete = False
+
+    def point(self, like: Tensor) -> Tensor:
+        """A value in the region for each event of a tensor."""
+        raise NotImplementedError
+
+
 def of_entries(constraint: constraints.Constraint) -> constraints.Constraint:
     """The constraint of single entries from which those of vectors and images are made."""
     while hasattr(constraint, "base_constraint"):
@@ -99,7 +109,13 @@ def _joined(parts: Sequence[Tensor | float | None], sizes: Sequence[int], defaul
 
 
 def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor | None:
-    """Which entries of a value lie between their bounds and not on them; None if the constraint has no bounds."""
+    """Which entries of a value lie between their bounds and not on them; None if the constraint has no bounds.
+
+    In a region, all entries of an event do, or none.
+    """
+    if isinstance(constraint, Region):
+        inside = constraint.check(value)
+        return inside.reshape(inside.shape + (1,) * constraint.event_dim).expand_as(value)
     low, high = bounds(constraint)
     if low is None and high is None:
         return None
@@ -113,6 +129,8 @@ def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor
 
 def inner_point(constraint: constraints.Constraint, like: Tensor) -> Tensor:
     """For each entry a number between its bounds."""
+    if isinstance(constraint, Region):
+        return constraint.point(like)
     low, high = (torch.as_tensor(torch.nan if bound is None else bound).to(like) for bound in bounds(constraint))
     from_below, from_above = low.isfinite(), high.isfinite()
     one_sided = torch.where(from_below, low + 1, torch.where(from_above, high - 1, 0.0))
