@@ -44,7 +44,7 @@ def links(parts: Sequence[Bijection], event_dim: int, *, forward: bool = True) -
     for part in parts:
         chain.append(Link(part, event_dim - part.domain.event_dim))
         event_dim = chain[-1].event_dim
-    if min((link.extra_dims for link in chain), default=0) < 0:
+    if any([link.extra_dims < 0 for link in chain]):
         raise ValueError(
             f"expected parts whose events have no more axes than those of the composition; got {len(parts)} parts of "
             "which one has more, after a change of the parts: build a new Compose from them"
