@@ -57,8 +57,9 @@ def fixed_space(chain: Sequence[Link], event_dim: int) -> constraints.Constraint
     if not chain:
         return real_events(event_dim)
     last = chain[-1].part
-    is_limited = any(bounds(link.part.codomain) != (None, None) for link in chain[:-1])
-    return None if is_limited or last.codomain is not last.codomain else _with_axes(last.codomain, chain[-1].extra_dims)
+    if _limiting(chain) or last.codomain is not last.codomain:
+        return None
+    return _with_axes(last.codomain, chain[-1].extra_dims)
 
 
 def reached(chain: Sequence[Link], context: Tensor | None = None) -> constraints.Constraint:
@@ -70,7 +71,7 @@ def reached(chain: Sequence[Link], context: Tensor | None = None) -> constraints
     """
     chain = [Link(_at(link, context), link.extra_dims) for link in chain]
     space = _with_axes(chain[-1].part.codomain, chain[-1].extra_dims)
-    limiting = [k for k, link in enumerate(chain[:-1]) if bounds(link.part.codomain) != (None, None)]
+    limiting = _limiting(chain)
     if not limiting or any(_moves(link.part) or link.part.context_dim for link in chain[limiting[0] + 1 :]):
         return space
     box = bounds(chain[limiting[0]].part.codomain)
@@ -79,6 +80,12 @@ def reached(chain: Sequence[Link], context: Tensor | None = None) -> constraints
         if box is None:
             return _Reached(chain, space.event_dim)
     return _between(*box, space)
+
+
+def _limiting(chain: Sequence[Link]) -> list[int]:
+    """The numbers of the links before the last that have bounds."""
+    spaces = [bounds(link.part.codomain) for link in chain[:-1]]
+    return [k for k, (low, high) in enumerate(spaces) if low is not None or high is not None]
 
 
 def _with_axes(space: constraints.Constraint, count: int) -> constraints.Constraint:

@@ -55,16 +55,18 @@ class AllLatents(GuideBase, AutoContinuous):
         """
         is_new = self.prototype_trace is None
         super().build(*args, **kwargs)
-        if is_new and self.master is None:
+        if not is_new:
+            self._move_to(args, kwargs)
+            return self
+        if self.master is None:
             with poutine.block():
                 self._create_plates(*args, **kwargs)  # NeuTraReparam reads them
-        if is_new:
-            self._arguments = args, kwargs
-        elif not are_same(self._arguments, (args, kwargs)):
-            self._move_to(args, kwargs)
+        self._arguments = args, kwargs
         return self
 
     def _move_to(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if are_same(self._arguments, (args, kwargs)):
+            return
         if self.master is None and self._knows_model:
             self.set_coordinates(self._look_again(args, kwargs))
         self._arguments = args, kwargs
@@ -72,7 +74,7 @@ class AllLatents(GuideBase, AutoContinuous):
     @contextmanager
     def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         before = self._arguments
-        if before is not None and not are_same(before, (args, kwargs)):
+        if before is not None:
             self._move_to(args, kwargs)
         try:
             yield
