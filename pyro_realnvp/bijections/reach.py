@@ -2,6 +2,7 @@
 """The values that a composition takes, where the bounds of an inner part limit them."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from .bijection import Bijection, Conditioned, Inverse
 from .foreign import Foreign
 from .normalization import BatchNorm
 from .reshape import Permute
-from .shapes import Region, bounds, for_inner_axes, inner_point, real_events, strictly_inside
+from .shapes import Region, bounds, differs, for_inner_axes, inner_point, real_events, strictly_inside
 
 Bounds = tuple[Tensor | float | None, Tensor | float | None]
 
@@ -53,11 +54,11 @@ def links(parts: Sequence[Bijection], event_dim: int, *, forward: bool = True) -
 
 
 def fixed_space(chain: Sequence[Link], event_dim: int) -> constraints.Constraint | None:
-    """The values that a chain takes, None if they may change or bounds before the last link limit them."""
+    """The values that a chain takes, None if they may change or those of a link before the last may limit them."""
     if not chain:
         return real_events(event_dim)
     last = chain[-1].part
-    if _limiting(chain) or last.codomain is not last.codomain:
+    if any(_is_limited(link.part.codomain) for link in chain[:-1]) or last.codomain is not last.codomain:
         return None
     return _with_axes(last.codomain, chain[-1].extra_dims)
 
@@ -65,27 +66,40 @@ def fixed_space(chain: Sequence[Link], event_dim: int) -> constraints.Constraint
 def reached(chain: Sequence[Link], context: Tensor | None = None) -> constraints.Constraint:
     """The values that a chain takes now.
 
-    They lie between bounds where all links after a bounded one take each entry by itself, or permute them. Where the
-    values are not known, as with a normalization whose statistics are still to be found, it is the codomain of the last
-    link.
+    A link that gets fewer values than its domain has leads to fewer than its codomain has. They lie between bounds
+    where it takes each entry by itself, or permutes them. Where they are not known, as with a normalization whose
+    statistics are still to be found, the result is the codomain of the last link.
     """
     chain = [Link(_at(link, context), link.extra_dims) for link in chain]
     space = _with_axes(chain[-1].part.codomain, chain[-1].extra_dims)
-    limiting = _limiting(chain)
-    if not limiting or any(_moves(link.part) or link.part.context_dim for link in chain[limiting[0] + 1 :]):
-        return space
-    box = bounds(chain[limiting[0]].part.codomain)
-    for link in chain[limiting[0] + 1 :]:
-        box = _carried(box, link.part)
+    box: Bounds | None = None  # what the link before leads to, None for its whole codomain
+    for before, (part, _) in pairwise(chain):
+        is_region = box is None and isinstance(before.part.codomain, Region)
+        box = box or bounds(before.part.codomain)
+        if not is_region and _covers(box, part.domain):
+            box = None
+            continue
+        if _moves(part) or part.context_dim:
+            return space
+        box = None if is_region else _carried(box, part)
         if box is None:
             return _Reached(chain, space.event_dim)
-    return _between(*box, space)
+    return space if box is None else _between(*box, space)
 
 
-def _limiting(chain: Sequence[Link]) -> list[int]:
-    """The numbers of the links before the last that have bounds."""
-    spaces = [bounds(link.part.codomain) for link in chain[:-1]]
-    return [k for k, (low, high) in enumerate(spaces) if low is not None or high is not None]
+def _is_limited(space: constraints.Constraint) -> bool:
+    return isinstance(space, Region) or any(bound is not None for bound in bounds(space))
+
+
+def _covers(box: Bounds, domain: constraints.Constraint) -> bool:
+    """Whether all values of a domain lie between some bounds, up to rounding."""
+    for sign, bound, end in zip((1, -1), box, bounds(domain)):
+        if bound is not None:
+            bound = torch.as_tensor(bound)
+            end = torch.as_tensor(-sign * torch.inf if end is None else end).to(bound)
+            if ((sign * end < sign * bound) & differs(end, bound)).any():
+                return False
+    return True
 
 
 def _with_axes(space: constraints.Constraint, count: int) -> constraints.Constraint:
@@ -160,7 +174,7 @@ class _Reached(Region):
         self.event_dim = event_dim
 
     def __repr__(self) -> str:
-        return f"Reached({' -> '.join(type(link.part).__name__ for link in self.chain)})"
+        return f"Reached({' -> '.join(', '.join(link.part._kinds()) for link in self.chain)})"
 
     def check(self, value: Tensor) -> Tensor:
         """Which events are such values."""

@@ -50,7 +50,8 @@ def flow_with_hidden_location():
 
 def flow_with_hidden_scale():
     normal = dist.Normal(torch.zeros(2), nn.Parameter(torch.ones(())))  # which expands the parameter
-    return rn.Flow(rn.Compose([rn.real_nvp(2), dist.transforms.CumulativeDistributionTransform(normal).inv]))
+    normal_scores = dist.transforms.CumulativeDistributionTransform(normal).inv
+    return rn.Flow(rn.Compose([rn.real_nvp(2), dist.transforms.SigmoidTransform(), normal_scores]))
 
 
 class Entries(nn.Module):
