@@ -15,6 +15,9 @@ from sklearn.utils import check_array
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+ROUNDINGS = 4  # of rows, up to which a deviation is nothing else
+
+_PART_OF_DIRECTION = 0.05
 _NOISE_POINTS = 64
 _LEAST_NOISE = 1 / 64  # between two values of noise
 
@@ -122,6 +125,11 @@ class Columns:
                 inside = np.nextafter(whole, whole + 1), np.nextafter(whole + 1, whole)
                 points[:, self.is_integer] = np.clip(whole + u, *inside)
                 yield points, 1 / len(noise)
+
+
+def along(direction: np.ndarray) -> list[int]:
+    """The columns along which a direction goes."""
+    return np.flatnonzero(np.abs(direction) > _PART_OF_DIRECTION).tolist()
 
 
 def _columns(support, num_columns: int, names: Sequence[Any]) -> list[Column]:

@@ -16,17 +16,15 @@ from .bijections.bijection import Bijection
 from .bijections.compose import Compose
 from .bijections.elementwise import Standardize, Unbound
 from .bijections.linear import ConditionalAffine, TriangularAffine, triangular_root
-from .columns import Columns
+from .columns import ROUNDINGS, Columns, along
 from .distributions import Flow
-from .extremes import typical_weights, warn_of_extremes
+from .extremes import typical_weights
 from .flows import real_nvp, spline_flow
 from .mixtures import are_many
 
 _NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
 _NARROW_GIVEN_CONTEXT = 1e-2
 _ROWS_PER_CONTEXT = 10  # with fewer, a regression explains what it has learned by heart
-_ROUNDINGS = 4  # of rows, up to which a deviation is nothing else
-_PART_OF_DIRECTION = 0.05
 
 
 def candidates(
@@ -107,8 +105,7 @@ def _to_table(
     low, high = (torch.tensor(bound, device=x.device) for bound in (columns.low, columns.high))
     bounds = [Unbound(low, high)] if (low.isfinite() | high.isfinite()).any() else []
     unbounded = Compose(bounds)(x) if bounds else x
-    warn_of_extremes(unbounded.cpu().numpy(), "X")
-    typical = typical_weights(unbounded, weights)
+    typical = typical_weights(unbounded, weights, "X")
     standardize = Standardize(x.shape[1]).to(x).fit(unbounded, typical)
     z = standardize(unbounded)
     rounding = torch.finfo(x.dtype).eps * (1 + (standardize.mean / standardize.std).abs()).double()
@@ -146,10 +143,9 @@ def _regression(
     if variances[0] > _NARROW_GIVEN_CONTEXT:
         return [], weights
     if variances[0] <= _of_rounding(directions, rounding)[0]:
-        columns = (directions[:, 0].abs() > _PART_OF_DIRECTION).nonzero().flatten().tolist()
         warnings.warn(
-            f"columns {columns[:10]} of X follow from the context, so that their density has no bound: drop one of "
-            "them",
+            f"columns {along(directions[:, 0].cpu().numpy())[:10]} of X follow from the context, so that their density "
+            "has no bound: drop one of them",
             RuntimeWarning,
             stacklevel=5,
         )
@@ -173,7 +169,7 @@ def _variances(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _of_rounding(directions: Tensor, rounding: Tensor) -> Tensor:
     """The variance along directions up to which it may be rounding."""
-    return (_ROUNDINGS * rounding[:, None] * directions).square().sum(0)
+    return (ROUNDINGS * rounding[:, None] * directions).square().sum(0)
 
 
 def _whitening(z: Tensor, weights: Tensor | None, narrow: float, rounding: Tensor) -> list[TriangularAffine]:

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 
-from .columns import Columns
+from .columns import ROUNDINGS, Columns, along
 
 _FEW_ROWS = 50  # fewer say nothing about ties
 _MOST_TIES = 0.1  # of the rows, above which a warning says that a value is repeated,
@@ -13,8 +13,6 @@ _TIMES_AS_OFTEN = 10  # if it is so much more frequent than others
 _MOST_COPIES = 0.05  # of the rows, above which a warning says that rows are repeated
 _LEAST_DEVIATION = 1e-6  # of standardized rows, below which they lie in a plane
 _ROUNDING = 1e-12
-_ROUNDINGS = 4
-_PART_OF_DIRECTION = 0.05
 
 
 def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
@@ -54,7 +52,7 @@ def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
     standard = standard.astype(np.float64)
     std = np.where(standard.std(0) > 0, standard.std(0), 1)
     rounding = np.finfo(X.dtype).eps * (1 + np.abs(standard.mean(0)) / std)
-    least = np.maximum(_LEAST_DEVIATION, _ROUNDINGS * rounding)
+    least = np.maximum(_LEAST_DEVIATION, ROUNDINGS * rounding)
     standard = (standard - standard.mean(0)) / std
     copied = set()
     for k in np.flatnonzero(is_real & standard.any(0)):
@@ -68,7 +66,7 @@ def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
         return
     _, deviations, directions = np.linalg.svd(standard[:, varied] / np.sqrt(len(X)), full_matrices=False)
     if deviations[-1] <= np.linalg.norm(least[varied] * directions[-1]):
-        dependent = [k for k, part in zip(varied, directions[-1]) if abs(part) > _PART_OF_DIRECTION]
+        dependent = [varied[k] for k in along(directions[-1])]
         _warn(
             f"columns {dependent[:10]} depend on each other linearly, so that all rows lie in a plane"
             f"{_no_bound(deviations[-1])}: drop one of these columns"
