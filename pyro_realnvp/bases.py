@@ -15,7 +15,7 @@ from torch.distributions import constraints, transform_to
 from .bijections.conditioners import MLP
 from .bijections.inputs import check_context
 from .bijections.modes import is_autocast
-from .bijections.shapes import Region, bounds, of_entries, sum_events
+from .bijections.shapes import of_entries, sum_events
 from .mixtures import choose_mixture, fit_mixture
 from .supports import circle_of
 
@@ -114,29 +114,6 @@ class _Entries(dist.Independent):
         value = torch.where(inside, value, transform_to(support)(torch.zeros_like(value)))
         inside = sum_events(~inside, len(entries.event_shape)) == 0
         return sum_events(torch.where(inside, entries.log_prob(value), -torch.inf), event_dim)
-
-
-def check_domain(
-    domain: constraints.Constraint, base: "dist.Distribution | MixtureBase", temperature: float = 1.0
-) -> None:
-    """Raises an error if a base, scaled about its mean, draws values beyond the domain of a bijection."""
-    low, high = bounds(domain)
-    if low is None and high is None and not isinstance(domain, Region):
-        return
-    support = of_entries(constraints.real if isinstance(base, MixtureBase) else base.support)
-    own = [getattr(support, name, end) for name, end in (("lower_bound", -torch.inf), ("upper_bound", torch.inf))]
-    if temperature != 1:
-        own = [base.mean + temperature * (end - base.mean) for end in own]
-    beyond = isinstance(domain, Region) or any(
-        bound is not None and (sign * torch.as_tensor(end) < sign * torch.as_tensor(bound)).any()
-        for bound, end, sign in zip((low, high), own, (1, -1))
-    )
-    if beyond:
-        remedy = "take one with such values, or the inverse of the bijection (is an .inv missing?)"
-        raise ValueError(
-            f"expected a base with values in {of_entries(domain)}, which the bijection takes; got {support}"
-            + (f" at temperature={temperature}: take a lower one" if temperature != 1 else f": {remedy}")
-        )
 
 
 class MixtureBase(nn.Module):

@@ -98,7 +98,7 @@ class RealNVPClassifier(ClassifierMixin, BaseEstimator):
     def _priors(self, labels: np.ndarray) -> np.ndarray:
         if self.priors is None:
             return np.bincount(labels) / len(labels)
-        priors = np.asarray(self.priors, dtype=float)
+        priors = np.asarray(self.priors)
         if priors.shape != self.classes_.shape or (priors < 0).any() or not np.isclose(priors.sum(), 1):
             raise ValueError(
                 f"expected {len(self.classes_)} priors, which are not negative and sum to 1; got {self.priors}"

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.nn.utils import stateless
 
-from .bases import Base, MixtureBase, check_domain
+from .bases import Base, MixtureBase
 from .bijections.bijection import Bijection
 from .bijections.compose import Compose
 from .bijections.inputs import check_context, check_tensor
 from .bijections.memo import forget_param_store
 from .bijections.modes import is_eager
 from .bijections.shapes import for_inner_axes, inner_point, of_entries, strictly_inside, sum_events
+from .domains import check_domain
 
 
 class FlowDistribution(dist.TransformedDistribution):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .columns import Columns, check_weights
 from .distributions import Flow
-from .extremes import fit_scaler
+from .extremes import fit_scaler, standardized
 from .table_flows import candidates, fading_noise, is_better, mixture_start, refit
 from .ties import warn_of_ties
 from .training.history import History
@@ -157,9 +157,9 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         warn_of_ties(X[order], self.columns_)
         X = self.columns_.unwrap(X)
         self.n_context_in_: int = 0
+        vars(self).pop("context_scaler_", None)
         if context is not None:
-            is_trained_on = np.isin(np.arange(len(X)), rows)
-            weights = is_trained_on if sample_weight is None else is_trained_on * sample_weight
+            weights = np.isin(np.arange(len(X)), rows) * (1 if sample_weight is None else sample_weight)
             check_consistent_length(X, check_array(context, input_name="context"))
             self.context_scaler_: StandardScaler = fit_scaler(context, weights, "context")
             self.n_context_in_ = self.context_scaler_.n_features_in_
@@ -236,6 +236,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             for rows in np.array_split(inside, math.ceil(len(inside) / _ROWS_PER_PASS)) if len(inside) else ():
                 density = self.flow_() if context is None else self.flow_(self._tensor(context[rows]))
                 each = [density.log_prob(self._tensor(x)) + math.log(w) for x, w in self.columns_.points(X[rows])]
+                # Of rows so far away that differences overflow, the density is below all numbers.
+                each = [log_p.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf) for log_p in each]
                 scores[rows] = torch.stack(each).logsumexp(0).cpu().numpy()
         return scores
 
@@ -269,8 +271,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         context = self._standard_context(context)
         if n_samples is None:
             n_samples = 1 if context is None else len(context)
-        if n_samples < 1:
-            raise ValueError(f"expected n_samples >= 1; got {n_samples}")
+        if not isinstance(n_samples, (int, np.integer)) or n_samples < 1:
+            raise ValueError(f"expected a whole number n_samples >= 1; got {n_samples!r}")
         if context is not None:
             if len(context) not in (1, n_samples):
                 raise ValueError(
@@ -304,7 +306,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
             return None
         check_consistent_length(X, array)
         # This checks the names of the columns, too. It is precise enough for seconds since 1970, unlike float32.
-        return self.context_scaler_.transform(context).astype(self.columns_.low.dtype)
+        return standardized(context, self.context_scaler_, self.columns_.low.dtype)
 
 
 @contextmanager

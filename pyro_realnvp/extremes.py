@@ -34,6 +34,23 @@ def fit_scaler(table: ArrayLike, weights: np.ndarray, name: str) -> StandardScal
     return scaler.set_output(transform="default")
 
 
+def standardized(table: ArrayLike, scaler: StandardScaler, dtype: np.dtype) -> np.ndarray:
+    """What a scaler makes of a table.
+
+    Raises:
+        ValueError: the result is too large for the dtype.
+    """
+    with np.errstate(over="ignore"):
+        values = scaler.transform(table).astype(dtype)
+    bad = ~np.isfinite(values).all(1)
+    if bad.any():
+        raise ValueError(
+            f"expected contexts that {values.dtype} holds after they are standardized; got others in {bad.sum()} of "
+            f"{len(bad)} rows, the first of which is {bad.argmax()}: correct them, or pass X in float64 to fit"
+        )
+    return values
+
+
 def _are_extreme(x: np.ndarray, name: str | None) -> np.ndarray:
     """Which rows of a table have an extreme entry. For a table with a name, a warning says what they hold."""
     low, median, high = np.quantile(x, [0.25, 0.5, 0.75], axis=0)

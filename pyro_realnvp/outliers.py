@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A detector of outliers, with the interface of scikit-learn."""
 
+import numbers
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,14 @@ class RealNVPOutlierDetector(OutlierMixin, BaseEstimator):
         Raises:
             ValueError: ``contamination`` is not in (0, 0.5], or X is no data for :meth:`RealNVPDensity.fit`.
         """
-        if not 0 < self.contamination <= 0.5:
-            raise ValueError(f"expected contamination in (0, 0.5]; got {self.contamination}")
+        if not isinstance(self.contamination, numbers.Real) or not 0 < self.contamination <= 0.5:
+            raise ValueError(f"expected contamination in (0, 0.5], a fraction of the rows; got {self.contamination!r}")
         density: RealNVPDensity = RealNVPDensity() if self.density is None else clone(self.density)
         self.density_: RealNVPDensity = density.fit(X)
-        self.offset_: float = np.quantile(density.score_samples(X), self.contamination)
+        scores = density.score_samples(X)
+        # Between -inf and a number, there is no quantile.
+        scores = np.maximum(scores, np.finfo(scores.dtype).min).astype(np.float64)
+        self.offset_: float = np.quantile(scores, self.contamination)
         return self
 
     @property

@@ -38,6 +38,22 @@ def circle_of(fn: td.Distribution) -> constraints.Constraint | None:
     return None
 
 
+def period_of(fn: td.Distribution) -> constraints.Constraint | None:
+    """The interval of the values of an angle, or of what may be one. None for other distributions."""
+    circle = circle_of(fn)
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    return of_entries(fn.support) if circle is None and isinstance(fn, td.Uniform) else circle
+
+
+def turned(fn: td.Distribution, value: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Angles that are turned by a part of their period. What leaves the interval at one end comes in at the other."""
+    period = period_of(fn)
+    length = period.upper_bound - period.lower_bound
+    share = ((value - period.lower_bound) / length + turn.to(value)) % 1
+    return period.lower_bound + length * share.clamp(max=1 - torch.finfo(value.dtype).eps)
+
+
 def _image(circle: constraints.Constraint | None, transform: td.Transform) -> constraints.Constraint | None:
     """What a monotone function of each entry makes of an interval."""
     if circle is None:

@@ -107,7 +107,7 @@ def _to_table(
     unbounded = Compose(bounds)(x) if bounds else x
     typical = typical_weights(unbounded, weights, "X")
     standardize = Standardize(x.shape[1]).to(x).fit(unbounded, typical)
-    z = standardize(unbounded)
+    z = _counted(standardize(unbounded), typical)
     rounding = torch.finfo(x.dtype).eps * (1 + (standardize.mean / standardize.std).abs()).double()
     regression, typical = ([], typical) if context is None else _regression(z, context, typical, rounding)
     narrow = _NARROW_GIVEN_CONTEXT if regression else _NARROW
@@ -167,6 +167,11 @@ def _variances(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     return deviations.flip(0).square(), directions.mT.flip(1)
 
 
+def _counted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """The rows, with 0 in place of those without weight, which may be infinite in these units."""
+    return rows if weights is None else torch.where((weights > 0)[:, None], rows, 0.0)
+
+
 def _of_rounding(directions: Tensor, rounding: Tensor) -> Tensor:
     """The variance along directions up to which it may be rounding."""
     return (ROUNDINGS * rounding[:, None] * directions).square().sum(0)
@@ -205,7 +210,8 @@ def fading_noise(
     fixed = [part for part in flow.bijection.parts[1:] if not any(p.requires_grad for p in part.parameters())]
     to_data = Compose([part for part in fixed if not part.context_dim])
     rows = _at(Compose(fixed), context).inv(x)
-    covariance = rows.T.cov(aweights=typical_weights(rows, weights))
+    weights = typical_weights(rows, weights)
+    covariance = _counted(rows, weights).T.cov(aweights=weights)
     variances, directions = torch.linalg.eigh(torch.atleast_2d(covariance))
     factor = directions * variances.clamp(min=0).sqrt()
     steps, is_integer = itertools.count(), torch.from_numpy(columns.is_integer).to(x.device)

@@ -71,6 +71,7 @@ def test_supports_by_the_names_of_columns_and_searches():
         "one class": (lambda: small().fit(X, Y == "c"), "got 1 class, False: use RealNVPDensity"),
         "three priors": (lambda: small(priors=[0.2, 0.3, 0.5]).fit(X, Y), r"expected 2 priors.*got \[0.2, 0.3, 0.5\]"),
         "negative priors": (lambda: small(priors=[-0.5, 1.5]).fit(X, Y), "not negative"),
+        "priors by name": (lambda: small(priors={"a": 0.5, "b": 0.5}).fit(X, Y), "expected 2 priors"),
         "priors of sum 2": (lambda: small(priors=[1, 1]).fit(X, Y), "sum to 1"),
         "numbers": (lambda: small().fit(X, X[:, 0]), "[Uu]nknown label type"),
         "outside": (lambda: small(support="positive").fit(X, Y), "lie outside of the support"),
@@ -86,3 +87,5 @@ def test_probabilities_add_up_far_away():
     X = RNG.normal(size=(200, 2)) + 3 * y[:, None]
     classifier = rn.RealNVPClassifier(rn.RealNVPDensity(num_couplings=2, num_steps=20, random_state=0)).fit(X, y)
     np.testing.assert_allclose(classifier.predict_proba([[1e6, 1e6], [1e9, 1e9], [-1e20, 0.0]]).sum(1), 1)
+    classifier.fit(X.astype(np.float32), y)
+    np.testing.assert_allclose(classifier.predict_proba(np.full((1, 2), -3.4e38, np.float32)), [classifier.priors_])

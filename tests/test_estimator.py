@@ -412,7 +412,12 @@ def test_noise_helps_where_rows_are_few():
             lambda d: d.fit(X, context=X**2).sample(3),
             "context of 2 columns, as in fit; got none",
         ),
+        "context too large": (
+            lambda d: d.fit(X.astype(np.float32), context=X**2).score_samples(X, context=np.full(X.shape, 1e300)),
+            "expected contexts that float32 holds",
+        ),
         "no samples": (lambda d: d.fit(X).sample(0), "n_samples >= 1"),
+        "samples of a float": (lambda d: d.fit(X).sample(2.0), "whole number n_samples >= 1; got 2.0"),
         "negative part": (lambda d: d.set_params(validation=-0.1).fit(X), "validation from 0 to 1"),
         "negative noise": (lambda d: d.set_params(noise=-1).fit(X), "noise >= 0"),
         "all held out": (lambda d: d.set_params(validation=1.0).fit(X), "two rows"),
@@ -575,3 +580,9 @@ def test_the_scale_of_large_weights_does_not_matter():
         for w in (1.0, 1e30)
     )
     assert one == pytest.approx(other)
+
+
+def test_a_refit_forgets_the_context():
+    density = small().fit(X, context=X**2)
+    density.fit(X)
+    assert density.n_context_in_ == 0 and not hasattr(density, "context_scaler_")

@@ -59,7 +59,29 @@ def test_the_options_of_the_density_are_searched():
     assert set(search.fit(X).best_params_) == {"density__noise"}
 
 
-@pytest.mark.parametrize("contamination", [0.0, 0.6])
+@pytest.mark.filterwarnings("ignore:.* rows of .* hold values", "ignore:.* steps had a loss or gradient")
+@pytest.mark.parametrize("fill", [1e20, 9.96921e36, -3.4028235e38])
+def test_a_fill_value_is_the_outlier(fill):
+    """Its density was nan or the threshold -inf, so that no row was an outlier; or the column seemed to be constant."""
+    table = X.astype(np.float32)
+    table[7, 1] = fill
+    detector = small(contamination=1 / len(X), num_components=1).fit(table)
+    assert np.flatnonzero(detector.predict(table) == -1).tolist() == [7]
+    assert np.isneginf(detector.score_samples(table[7:8])) and np.isfinite(detector.offset_)
+
+
+def test_rows_far_away_are_outliers():
+    """In couplings behind an overflow, the difference of two infinities was nan."""
+    narrow = np.c_[X[:, 0], X[:, 0] + 1e-4 * X[:, 1]].astype(np.float32)
+    far = np.array([[0, 1e18], [0, 1e30], [0, 9.96921e36], [-3.4028235e38, -3.4028235e38]], np.float32)
+    for table in (X.astype(np.float32), narrow):
+        for num_components in (1, 3):
+            detector = small(num_components=num_components).fit(table)
+            assert (detector.score_samples(far) < -1e30).all()
+            assert (detector.predict(far) == -1).all()
+
+
+@pytest.mark.parametrize("contamination", [0.0, 0.6, "auto"])
 def test_a_bad_contamination(contamination):
-    with pytest.raises(ValueError, match=r"contamination in \(0, 0.5\]; got"):
+    with pytest.raises(ValueError, match=r"contamination in \(0, 0.5\], a fraction of the rows; got"):
         small(contamination=contamination).fit(X)

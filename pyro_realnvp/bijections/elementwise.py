@@ -240,6 +240,9 @@ def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) 
     """
     check_tensor("fit", x)
     rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    if weights is not None:  # a row of weight 0 does not count, whatever it holds
+        counted = weights.reshape(-1) > 0
+        rows, weights = rows[counted], weights.reshape(-1)[counted]
     if rows.shape[-1] != input_dim or len(rows) < 2:
         raise ValueError(f"expected at least two rows of {input_dim} columns; got shape {tuple(x.shape)}")
     bad = (~rows.isfinite()).any(-1).sum()
@@ -251,7 +254,7 @@ def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) 
     if weights is None:
         mean, std = rows.mean(0), rows.std(0)
     else:
-        weights = weights.to(rows).reshape(-1) / weights.sum()
+        weights = weights.to(rows) / weights.sum()
         mean = weights @ rows
         std = (weights @ (rows - mean).square() * (len(rows) / (len(rows) - 1))).sqrt()
     return unit * mean, unit * torch.where((rows == rows[0]).all(0), 0.0, std)

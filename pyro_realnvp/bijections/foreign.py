@@ -57,7 +57,10 @@ class Foreign(Bijection):
 
     @property
     def sign(self) -> int | Tensor:
-        sign = self._current().sign
+        try:
+            sign = self._current().sign
+        except NotImplementedError:
+            return super().sign
         vars(self.transform).pop("sign", None)  # a lazy property would keep that of the parameters it has now
         return sign
 

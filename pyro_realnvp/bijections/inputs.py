@@ -2,6 +2,7 @@
 """Checks of the inputs of a bijection. Each error says what was expected, what came, and what to do."""
 
 from collections.abc import Callable, Sequence
+from textwrap import shorten
 
 import pyro.distributions as dist
 import torch
@@ -120,9 +121,9 @@ def check_bounds(bijection: nn.Module, value: Tensor, domain: constraints.Constr
         beyond |= value > torch.as_tensor(high).to(value)
     if beyond.any():
         raise ValueError(
-            f"{type(bijection).__name__} expected values in {of_entries(domain)}; got {int(beyond.sum())} of "
-            f"{value.numel()} beyond it, such as {value[beyond][0].item():.6g}: rescale them, or choose a bijection "
-            "with other bounds"
+            f"{type(bijection).__name__} expected values in {shorten(repr(of_entries(domain)), 200)}; got "
+            f"{int(beyond.sum())} of {value.numel()} beyond it, such as {value[beyond][0].item():.6g}: rescale them, "
+            "or choose a bijection with other bounds"
         )
 
 

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The values that a composition takes, where the bounds of an inner part limit them."""
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from pyro.distributions.transforms import BatchNorm as PyroBatchNorm
-from torch import Tensor
-from torch.distributions import constraints
-from torch.distributions.transforms import AffineTransform
+from torch import Tensor, nn
+from torch.distributions import biject_to, constraints, transform_to
+from torch.distributions.transforms import AffineTransform, Transform
 
 from .bijection import Bijection, Conditioned, Inverse
 from .foreign import Foreign
 from .normalization import BatchNorm
 from .reshape import Permute
-from .shapes import Region, bounds, differs, for_inner_axes, inner_point, real_events, strictly_inside
+from .shapes import Region, bounds, differs, for_inner_axes, inner_point, real_events, strictly_inside, sum_events
 
 Bounds = tuple[Tensor | float | None, Tensor | float | None]
 
@@ -58,7 +57,10 @@ def fixed_space(chain: Sequence[Link], event_dim: int) -> constraints.Constraint
     if not chain:
         return real_events(event_dim)
     last = chain[-1].part
-    if any(_is_limited(link.part.codomain) for link in chain[:-1]) or last.codomain is not last.codomain:
+    has_limits = any(_is_limited(link.part.codomain) for link in chain[:-1])
+    # A composition inside of a link may have limits that its context, or a later initialization, will show.
+    may_change = any(None in getattr(module, "_spaces", ()) for link in chain for module in link.part.modules())
+    if has_limits or may_change or last.codomain is not last.codomain:
         return None
     return _with_axes(last.codomain, chain[-1].extra_dims)
 
@@ -73,7 +75,7 @@ def reached(chain: Sequence[Link], context: Tensor | None = None) -> constraints
     chain = [Link(_at(link, context), link.extra_dims) for link in chain]
     space = _with_axes(chain[-1].part.codomain, chain[-1].extra_dims)
     box: Bounds | None = None  # what the link before leads to, None for its whole codomain
-    for before, (part, _) in pairwise(chain):
+    for before, (part, _) in zip(chain, chain[1:]):
         is_region = box is None and isinstance(before.part.codomain, Region)
         box = box or bounds(before.part.codomain)
         if not is_region and _covers(box, part.domain):
@@ -93,12 +95,18 @@ def _is_limited(space: constraints.Constraint) -> bool:
 
 def _covers(box: Bounds, domain: constraints.Constraint) -> bool:
     """Whether all values of a domain lie between some bounds, up to rounding."""
-    for sign, bound, end in zip((1, -1), box, bounds(domain)):
-        if bound is not None:
+    pairs = [(sign, b, e) for sign, b, e in zip((1, -1), box, bounds(domain)) if b is not None]
+    if torch.compiler.is_compiling() and any(isinstance(end, Tensor) for _, *ends in pairs for end in ends):
+        return False  # which compiled code cannot ask; the values are then found by the general way
+    for sign, bound, end in pairs:
+        end = -sign * torch.inf if end is None else end
+        if isinstance(bound, Tensor) or isinstance(end, Tensor):
             bound = torch.as_tensor(bound)
-            end = torch.as_tensor(-sign * torch.inf if end is None else end).to(bound)
+            end = torch.as_tensor(end).to(bound)
             if ((sign * end < sign * bound) & differs(end, bound)).any():
                 return False
+        elif sign * end < sign * bound:
+            return False
     return True
 
 
@@ -113,41 +121,49 @@ def _at(link: Link, context: Tensor | None) -> Bijection:
     return link.part.condition(for_inner_axes(context, link.extra_dims))
 
 
-def _moves(part: Bijection) -> bool:
-    """Whether an evaluation changes the part, or the next one will."""
-    return any(
-        (isinstance(module, Bijection) and module.needs_data)
-        or (module.training and isinstance(module, (BatchNorm, PyroBatchNorm)))
-        for module in part.modules()
-    )
+def _moves(module: nn.Module) -> bool:
+    """Whether an evaluation changes a part, or the next one will."""
+    if isinstance(module, Bijection) and module.needs_data:
+        return True
+    if module.training and isinstance(module, (BatchNorm, PyroBatchNorm)):
+        return True
+    return any(_moves(child) for child in module._modules.values() if child is not None)  # torch compiles this
 
 
 def _carried(box: Bounds, part: Bijection) -> Bounds | None:
     """The bounds after a part, None if they are not known to be bounds of the entries."""
-    f = _of_entries(part)
-    if f is None:
-        return None
-    like = next(bound for bound in box if bound is not None)
-    like = like if isinstance(like, Tensor) else torch.tensor(like, dtype=torch.get_default_dtype())
-    ends = [torch.as_tensor(i if b is None else b).to(like) for i, b in zip((-torch.inf, torch.inf), box)]
-    one, other = (f(end) for end in ends)
-    low, high = torch.minimum(one, other), torch.maximum(one, other)
-    return None if (low.isnan() | high.isnan()).any() else (low, high)
-
-
-def _of_entries(part: Bijection) -> Callable[[Tensor], Tensor] | None:
-    """A part as a monotone function of each entry by itself, or as a permutation of them."""
     inner, forward = part, True
     while isinstance(inner, (Inverse, Conditioned)):
         forward ^= isinstance(inner, Inverse)
         inner = inner.bijection
+    like = next(bound for bound in box if bound is not None)
+    like = like if isinstance(like, Tensor) else torch.tensor(like, dtype=torch.get_default_dtype())
+    ends = _as_tensors(box, like)
+    if None not in part.event_shape and isinstance(inner, Permute):
+        return tuple(part.forward_and_ladj(_expanded(end, part.event_shape))[0] for end in ends)
     if isinstance(inner, Foreign) and isinstance(inner.transform, AffineTransform):
         loc, scale = inner.transform.loc, inner.transform.scale
-        return (lambda end: loc + scale * end) if forward else (lambda end: (end - loc) / scale)
-    is_known = isinstance(inner, Permute) or (inner.elementwise and hasattr(inner, "sign"))
-    if not is_known or None in part.event_shape:
+        images = [loc + scale * end if forward else (end - loc) / scale for end in ends]
+        sign = torch.as_tensor(scale).sign()
+    elif None not in part.event_shape and inner.elementwise and hasattr(inner, "sign"):
+        lows, highs = (_as_tensors(bounds(space), like) for space in (part.domain, part.codomain))
+        images, sign = [], torch.as_tensor(inner.sign)
+        for k, end in enumerate(ends):
+            end = end.clamp(*lows)
+            is_last = end == lows[k]  # where the part leads to an end of its codomain, which rounding may hide
+            image = part.forward_and_ladj(
+                _expanded(torch.where(is_last, inner_point(part.domain, end), end), part.event_shape)
+            )[0]
+            images.append(torch.where(is_last, torch.where(sign > 0, highs[k], highs[1 - k]), image))
+    else:
         return None
-    return lambda end: part.forward_and_ladj(_expanded(end, part.event_shape))[0]
+    return torch.where(sign > 0, *images), torch.where(sign > 0, *images[::-1])
+
+
+def _as_tensors(box: Bounds, like: Tensor) -> list[Tensor]:
+    return [
+        torch.as_tensor(end if bound is None else bound).to(like) for bound, end in zip(box, (-torch.inf, torch.inf))
+    ]
 
 
 def _expanded(end: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -155,15 +171,17 @@ def _expanded(end: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _between(low: Tensor, high: Tensor, codomain: constraints.Constraint) -> constraints.Constraint:
-    if (low == -torch.inf).all() and (high == torch.inf).all():
+    if torch.compiler.is_compiling():
+        space = constraints.interval(low, high)
+    elif (low == -torch.inf).all() and (high == torch.inf).all():
         return codomain
-    if (high == torch.inf).all():
+    elif (high == torch.inf).all():
         space = constraints.greater_than(low)
     elif (low == -torch.inf).all():
         space = constraints.less_than(high)
     else:
         space = constraints.interval(low, high)
-    return constraints.independent(space, codomain.event_dim) if codomain.event_dim else space
+    return _with_axes(space, codomain.event_dim)
 
 
 class _Reached(Region):
@@ -178,21 +196,70 @@ class _Reached(Region):
 
     def check(self, value: Tensor) -> Tensor:
         """Which events are such values."""
-        result: Tensor | bool = True
+        result = torch.ones(value.shape[: value.dim() - self.event_dim], dtype=torch.bool, device=value.device)
         for link in reversed(self.chain):
             inside = strictly_inside(link.part.codomain, value)
             if inside is not None:
-                result = result & inside.flatten(inside.dim() - link.event_dim).all(-1)
+                result = result & (inside.flatten(inside.dim() - link.event_dim).all(-1) if link.event_dim else inside)
                 value = torch.where(inside, value, inner_point(link.part.codomain, value))
-            value = link.part._evaluate(value, forward=False, remember=False)[0]
+            try:
+                value = link.part._evaluate(value, forward=False, remember=False)[0]
+            except (KeyError, NotImplementedError):
+                # A transform of Pyro's that has no inverse has densities of its own draws only, which lie inside.
+                return result
         return result
 
     def point(self, like: Tensor) -> Tensor:
         """A value in the region for each of others."""
-        shape = like.shape
-        for link in reversed(self.chain):
-            shape = link.part.inverse_shape(shape)
-        value = inner_point(self.chain[0].part.domain, like).expand(shape)
-        for link in self.chain:
-            value = link.part._evaluate(value, forward=True, remember=False)[0]
-        return value
+        chain = _Coordinates(self)
+        return chain(inner_point(chain.domain, like).expand(chain.inverse_shape(like.shape)))
+
+
+class _Coordinates(Transform):
+    """The chain itself, which takes all real values to the region that it reaches.
+
+    It has no memory, which would leave a value without gradients whose coordinates have been found before.
+    """
+
+    bijective = True
+
+    def __init__(self, region: _Reached):
+        super().__init__()
+        first = region.chain[0]
+        self.domain: constraints.Constraint = _with_axes(first.part.domain, first.extra_dims)
+        self.codomain: constraints.Constraint = region
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._along(x, forward=True)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._along(y, forward=False)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._along(x, forward=True)[1]
+
+    def _along(self, value: Tensor, *, forward: bool) -> tuple[Tensor, Tensor | float]:
+        chain, total = self.codomain.chain, 0.0
+        for part, extra_dims in chain if forward else reversed(chain):
+            value, ladj = part._evaluate(value, forward=forward, remember=False)
+            batch_dim = value.dim() - (part.codomain if forward else part.domain).event_dim
+            total = total + sum_events(ladj.expand(value.shape[:batch_dim]), extra_dims)
+        return value, total
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        for part, _ in self.codomain.chain:
+            shape = part.forward_shape(shape)
+        return torch.Size(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        for part, _ in reversed(self.codomain.chain):
+            shape = part.inverse_shape(shape)
+        return torch.Size(shape)
+
+
+@transform_to.register(_Reached)
+@biject_to.register(_Reached)
+def _coordinates(region: _Reached) -> Transform:
+    if _is_limited(region.chain[0].part.domain):
+        raise NotImplementedError(f"no unconstrained coordinates are known for {region}")
+    return _Coordinates(region)

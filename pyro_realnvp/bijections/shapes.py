@@ -90,10 +90,8 @@ def of_entries(constraint: constraints.Constraint) -> constraints.Constraint:
 
 
 def bounds(constraint: constraints.Constraint) -> tuple[Tensor | float | None, Tensor | float | None]:
-    """The lower and the upper bound of the entries, None where there is none that a density cannot reach."""
+    """The lower and the upper bound of the entries, None where there is none."""
     constraint = of_entries(constraint)
-    if isinstance(constraint, constraints.greater_than_eq):
-        return None, None
     if isinstance(constraint, (constraints.cat, constraints.stack)) and constraint.dim == -1:
         sizes = getattr(constraint, "lengths", [1] * len(constraint.cseq))
         lows, highs = zip(*map(bounds, constraint.cseq))
@@ -109,9 +107,9 @@ def _joined(parts: Sequence[Tensor | float | None], sizes: Sequence[int], defaul
 
 
 def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor | None:
-    """Which entries of a value lie between their bounds and not on them; None if the constraint has no bounds.
+    """Which entries of a value lie between their bounds; None if the constraint has no bounds.
 
-    In a region, all entries of an event do, or none.
+    Those on a bound do not, except in ``greater_than_eq``. In a region, all entries of an event do, or none.
     """
     if isinstance(constraint, Region):
         inside = constraint.check(value)
@@ -121,7 +119,9 @@ def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor
         return None
     inside = torch.ones_like(value, dtype=torch.bool)
     if low is not None:
-        inside = inside & (value > torch.as_tensor(low).to(value))
+        low = torch.as_tensor(low).to(value)
+        is_closed = isinstance(of_entries(constraint), constraints.greater_than_eq)
+        inside = inside & (value >= low if is_closed else value > low)
     if high is not None:
         inside = inside & (value < torch.as_tensor(high).to(value))
     return inside

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from ..bijections.inputs import check_event_shape, check_tensor
 from ..bijections.modes import is_eager
-from ..distributions import Flow, as_called
+from ..distributions import Flow, FlowDistribution, as_called
 from .multi_scale import check_image_shape
 
 
@@ -93,6 +93,12 @@ class Dequantized(dist.TorchDistribution):
         # The noise has an axis of its own, so that all others must be those of the result.
         batch_shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
         value = value.expand(batch_shape + self.event_shape)
+        like = _parameter(self.distribution)
+        if isinstance(self.distribution, FlowDistribution) and torch.finfo(like.dtype).bits < 32:
+            raise TypeError(
+                f"expected a flow of at least 32 bits, since {like.dtype} has no digits for the noise between levels: "
+                "convert it by .float(), and use autocast, as in fit(autocast=torch.bfloat16)"
+            )
         u, log_q = self._noise(value)
         bound = self.distribution.log_prob(self._real(value, u)) - log_q
         return bound.logsumexp(0) - math.log(self.num_samples) - self.event_shape.numel() * math.log(self.levels)
@@ -278,7 +284,7 @@ def interpolate(
         The images, of shape ``(num_steps,) + batch_shape + event_shape``.
 
     Raises:
-        ValueError: ``num_steps`` is less than 2.
+        ValueError: ``num_steps`` is less than 2, or an image lies on a bound of the flow.
 
     Example:
         >>> from pyro_realnvp import real_nvp
@@ -293,6 +299,11 @@ def interpolate(
     (bijection,) = flow(context).transforms
     event_axes = tuple(range(-len(flow.event_shape), 0))
     z0, z1 = (bijection.inv(image) for image in (start, end))
+    if not (z0.isfinite().all() and z1.isfinite().all()):
+        raise ValueError(
+            "expected images at which the flow has a density; got pixels on its bounds, or nan: move them inside, or "
+            "train a flow that ends in Logit() with alpha > 0"
+        )
     norms = [torch.linalg.vector_norm(z, dim=event_axes, keepdim=True) for z in (z0, z1)]
     product = norms[0] * norms[1]
     cosine = (z0 * z1).sum(event_axes, keepdim=True) / torch.where(product > 0, product, 1.0)

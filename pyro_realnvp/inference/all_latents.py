@@ -18,12 +18,14 @@ from ..bijections.compose import Compose
 from ..distributions import FlowDistribution
 from .agreement import check_finite
 from .base import GuideBase, are_same, give_to_a_site, quantiles_of
+from .circles import find_turns, with_turns
 from .coordinates import FromRelative
 from .density import LogDensity
 from .dynamic import are_dynamic, are_dynamic_far_away
 from .mapping import map_each
 from .relative import Relative
-from .sites import Site, beside_plates, find_sites, is_latent, unconstraining, unpack, with_fallback
+from .sites import Site, beside_plates, find_sites, is_latent, unpack, with_fallback
+from .subsampling import refuse_subsampled
 
 
 class AllLatents(GuideBase, AutoContinuous):
@@ -99,27 +101,29 @@ class AllLatents(GuideBase, AutoContinuous):
             ValueError: a latent is under a subsampled plate, or the log-density at the prototype is not finite.
             RuntimeError: there are no latents.
         """
-        for name, frames in self._cond_indep_stacks.items():
-            for frame in frames:
-                if frame.full_size is not None and frame.full_size != frame.size:
-                    raise ValueError(
-                        f"latent site {name!r} lies under the plate {frame.name!r}, of which {frame.size} of "
-                        f"{frame.full_size} rows are drawn: its values would be shared between rows. Use "
-                        "AmortizedRealNVP for it, or make the plate without subsampling"
-                    )
+        refuse_subsampled(self._cond_indep_stacks)
         values = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes() if is_latent(site)}
         density = LogDensity(self.plain_model, args, kwargs, values=values)
         check_finite(density)
         if not density.dim:
             raise RuntimeError("found no latent variables that the density counts: use an empty guide instead")
-        self.sites: dict[str, Site] = density.sites
-        self.latent_dim: int = density.dim
         # A part of a list of guides cannot see what the other parts draw.
+        turns = find_turns(density) if self.master is None else {}
+        self._sites: dict[str, Site] = density.sites
+        self._circles: list[str] = list(turns)
+        self.register_buffer("turn", torch.cat([torch.zeros(0), *[turn.flatten() for turn in turns.values()]]))
+        density.sites = self.sites
+        self.latent_dim: int = density.dim
         self._has_dynamic_supports = self.master is None and (
             are_dynamic(density, self._init_loc(), self._by_prototype)
             or are_dynamic_far_away(density, self._init_loc(), self._by_prototype)
         )
         return density
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The part of the vector of all latents that belongs to each latent site."""
+        return with_turns(self._sites, self._circles, self._buffers["turn"])
 
     def keep_coordinates(self, density: LogDensity) -> None:
         """Takes over the coordinates of a log-density, and how it is evaluated."""
@@ -166,7 +170,7 @@ class AllLatents(GuideBase, AutoContinuous):
         if self.master is None and not self._has_dynamic_supports:
             # The supports may depend on the arguments, too.
             self._has_dynamic_supports = are_dynamic(density, self._init_loc(), self._by_prototype)
-        density.relative = self.relative
+        density.relative, density.sites = self.relative, self.sites
 
     def _check_sites(self, density: LogDensity) -> None:
         own, others = ({name: site.layout for name, site in s.items()} for s in (self.sites, density.sites))
@@ -180,12 +184,8 @@ class AllLatents(GuideBase, AutoContinuous):
     def _init_loc(self, nodes: dict | None = None) -> Tensor:
         """The values of a trace of the model, by default the prototype, in plain unconstrained coordinates."""
         nodes = self.prototype_trace.nodes if nodes is None else nodes
-        return torch.cat(
-            [
-                site.pack(unconstraining(name, nodes[name]["fn"]).inv(nodes[name]["value"].detach()))
-                for name, site in self.sites.items()
-            ]
-        )
+        free = [s.pack(s.unconstrain(n, nodes[n]["fn"], nodes[n]["value"].detach())) for n, s in self.sites.items()]
+        return torch.cat(free)
 
     def _by_prototype(self, points: Tensor) -> dict[str, Tensor]:
         return self._constrain_by_prototype(points)[0]

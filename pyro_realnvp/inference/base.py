@@ -65,7 +65,8 @@ class GuideBase:
         """The model as the caller passed it, without the handlers that some of Pyro's guides wrap around it."""
         if self._plain_model is None:
             raise RuntimeError(
-                "the guide was unpickled and has lost its model: pass model= to fit_guide, diagnose or sample_posterior"
+                "the guide was unpickled and has lost its model: pass model= to fit_guide, diagnose or "
+                "sample_posterior, or make it anew from the model, and load its state_dict"
             )
         return self._plain_model[0]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
 from ..bijections.shapes import bounds, of_entries, sum_events
-from ..supports import circle_of
+from ..supports import circle_of, turned
 from .relative import Relative, plain
 from .subsampling import draws_rows
 
@@ -26,6 +26,8 @@ class Site(NamedTuple):
     """Which elements of the batch are latents. None if all of them are."""
     entries: Tensor | None = None
     """The numbers of those entries of the flattened value that are latents. None if all of them are."""
+    turn: Tensor | None = None
+    """The part of a period by which each angle of the value is turned. None if no angle is."""
 
     @property
     def size(self) -> int:
@@ -49,7 +51,7 @@ class Site(NamedTuple):
         return vector.reshape(vector.shape[:-1] + self.shape)
 
     def constrain(self, name: str, fn: Distribution, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
-        """The values in the support of `fn`, and log|det| of each element of the batch."""
+        """The values in the support of `fn`, and log|det| of each element of the batch, which no turn changes."""
         transform = unconstraining(name, fn)
         value = transform(unconstrained)
         if value.dim() - transform.codomain.event_dim > unconstrained.dim() - transform.domain.event_dim:
@@ -64,7 +66,12 @@ class Site(NamedTuple):
                 f"the latent site {name!r} has the support {fn.support}, of which torch does not know the volume: draw "
                 "its free entries, and compute this value from them"
             ) from None
-        return value, self.counted(sum_events(ladj, ladj.dim() - value.dim() + fn.event_dim))
+        ladj = self.counted(sum_events(ladj, ladj.dim() - value.dim() + fn.event_dim))
+        return value if self.turn is None else turned(fn, value, self.turn), ladj
+
+    def unconstrain(self, name: str, fn: Distribution, value: Tensor) -> Tensor:
+        """The unconstrained values that :meth:`constrain` takes to values in the support."""
+        return unconstraining(name, fn).inv(value if self.turn is None else turned(fn, value, -self.turn))
 
     def counted(self, ladj: Tensor) -> Tensor:
         """log|det| of each element of the batch, and 0 for those that are no latents."""

@@ -24,6 +24,22 @@ def draws_rows(site: dict[str, Any]) -> bool:
     return site_is_subsample(site) and site["fn"].subsample_size not in (None, site["fn"].size)
 
 
+def refuse_subsampled(stacks: dict[str, list[Any]]) -> None:
+    """Raises an error if a latent site lies under a plate that draws a subsample.
+
+    Args:
+        stacks: the plates of each site.
+    """
+    for name, frames in stacks.items():
+        for frame in frames:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"latent site {name!r} lies under the plate {frame.name!r}, of which {frame.size} of "
+                    f"{frame.full_size} rows are drawn: its values would be shared between rows. Use "
+                    "AmortizedRealNVP for it, or make the plate without subsampling"
+                )
+
+
 def crossed(plates: dict[str, Distribution], trace: Trace) -> list[list[str]]:
     """The subsampled plates in groups: two of them are in one group if some site is under both."""
     groups = [{name} for name in plates]

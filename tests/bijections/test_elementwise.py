@@ -103,3 +103,14 @@ def test_a_value_beyond_the_bounds_is_refused(f, x, message):
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("fill", [1e4, 1e19, 3e19, 3e38, torch.nan])
+def test_a_row_without_weight_sets_no_scale(fill):
+    """Beside it, the squares of all others were 0: the standard deviation was wrong, or the column seemed constant."""
+    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0)) * 0.003
+    weights = torch.ones(100)
+    weights[0] = 0
+    expected = rn.Standardize(1).fit(x[1:])
+    x[0] = fill
+    torch.testing.assert_close(rn.Standardize(1).fit(x, weights).std, expected.std)

@@ -35,6 +35,10 @@ def standardize(dim=1):
     return rn.Standardize(dim).fit(torch.randn(50, dim, generator=torch.Generator().manual_seed(0)) * 3 + 2)
 
 
+def exponential():
+    return dist.Exponential(torch.tensor(1.0), validate_args=False)
+
+
 def initialized():
     return rn.ActNorm(1).initialize(torch.tensor([[1.0], [4.0]]))
 
@@ -52,6 +56,15 @@ STACKS = {
         "forward",
     ),
     "back": (lambda: [unit(), rn.Unbound([0.0], [1.0]), rn.TriangularAffine(1)], None),
+    "cdf": (
+        lambda: [unit(), T.CumulativeDistributionTransform(exponential()).inv, T.AffineTransform(1.0, -2.0)],
+        (-math.inf, 1.0),
+    ),
+    "sigmoids": (lambda: [unit(), T.AffineTransform(0.5, 0.5), T.SigmoidTransform().inv], (0.0, math.inf)),
+    "decreasing": (
+        lambda: [unit(), T.AffineTransform(1.0, -1.0), rn.Unbound([0.0], [1.0]), T.ExpTransform()],
+        (0.0, math.inf),
+    ),
     "normalization": (lambda: [unit(), initialized()], "forward"),
     "spline": (lambda: [unit(), spline_flow()], "forward"),
     "nested": (lambda: [rn.Compose([unit(), T.AffineTransform(0.0, 2.0)]), T.AffineTransform(1.0, 2.0)], (1.0, 5.0)),
@@ -132,6 +145,132 @@ def test_a_region_inside_of_another_composition():
     assert 0 < flat.codomain.check(y).sum() < len(y)
 
 
+def hidden(part):
+    """A part with bounds before it, in a composition of its own."""
+    return rn.Compose([T.SigmoidTransform(), part], event_shape=(1,))
+
+
+@table(
+    ("part", "context"),
+    {
+        "context": (lambda: sloped(0.0), torch.zeros(2)),
+        "late statistics": (lambda: rn.ActNorm(1), None),
+        "moving statistics": (lambda: rn.BatchNorm(1), None),
+    },
+)
+def test_bounds_inside_of_a_composition_that_show_later(part, context):
+    """They counted as none for ever: log-densities of 45 came."""
+    torch.manual_seed(0)
+    args = () if context is None else (context,)
+    for wrap in (
+        hidden,
+        lambda part: rn.Compose([hidden(part)]),
+        lambda part: rn.Compose([rn.Compose([hidden(part)])]),
+    ):
+        flow = rn.Flow(rn.Compose([wrap(part()), T.AffineTransform(0.0, 2.0)]))
+        flow(*args).rsample((200,) if not args else ())
+        flow.bijection.condition(context)(torch.randn(200, 1)) if args else flow.bijection(torch.randn(200, 1))
+        flow.eval()
+        with pyro.validation_enabled(False):
+            assert (flow(*args).log_prob(torch.tensor([[1e3], [-1e3]])) == -math.inf).all()
+        assert flow(*args).support.check(flow(*args).sample((50,))).all()
+
+
+def test_values_that_the_next_part_cannot_take():
+    """An end beyond the domain of a part was taken through it: the interval from 1/4 to 1/4 was the support."""
+    parts = [T.SigmoidTransform(), T.AffineTransform(-0.5, 1.0), T.PowerTransform(torch.tensor(2.0))]
+    base = dist.Uniform(torch.tensor(0.0), torch.tensor(1.0))
+    flow = rn.Flow(rn.Compose(parts, event_shape=()), base=lambda: base)
+    y = flow().sample((20,))
+    torch.testing.assert_close(flow().log_prob(y), dist.TransformedDistribution(base, parts).log_prob(y))
+    assert flow().support.lower_bound == 0 and flow().support.upper_bound == 0.25
+    cdf = T.CumulativeDistributionTransform(dist.Exponential(torch.tensor(1.0)))
+    flow = rn.Flow(rn.Compose([T.ELUTransform(), cdf], event_shape=()), base=lambda: dist.HalfNormal(torch.tensor(1.0)))
+    y = flow().sample((20,))
+    assert flow().log_prob(y).isfinite().all()
+
+
+@table(
+    "make",
+    {
+        "spline": lambda: T.Spline(2),
+        "spline and back": lambda: T.Spline(2).inv,
+        "batch normalization": lambda: T.BatchNorm(2).eval(),
+        "planar": lambda: T.Planar(2),
+        "radial": lambda: T.Radial(2),
+        "sylvester": lambda: T.Sylvester(2),
+        "neural": lambda: T.neural_autoregressive(2),
+    },
+)
+def test_parts_of_pyro_behind_bounds(make):
+    """A part without a sign raised an error without a message, and one without an inverse a KeyError."""
+    torch.manual_seed(0)
+    flow = rn.Flow(rn.Compose([rn.Unbound([0.0, 0.0], [1.0, 1.0]).inv, make()]))
+    trace = pyro.poutine.trace(lambda: pyro.sample("z", flow().expand([3]))).get_trace()
+    assert trace.log_prob_sum().isfinite()
+
+
+def test_a_region_of_numbers():
+    inner = rn.Compose([T.SigmoidTransform(), T.AffineTransform(0.0, 3.0)])
+    flow = rn.Flow(
+        rn.Compose([inner, rn.Compose([T.AffineTransform(1.0, 2.0)])]),
+        event_shape=(),
+        base=lambda: dist.Normal(torch.tensor(0.0), 1.0),
+    )
+    with pyro.validation_enabled(False):
+        log_p = flow().log_prob(torch.tensor([[2.0], [8.0]]))
+    assert log_p.shape == (2, 1) and log_p[0].isfinite() and log_p[1] == -math.inf
+
+
+@table(
+    "make",
+    {
+        "box": lambda: rn.Compose([rn.real_nvp(2), T.SigmoidTransform(), T.AffineTransform(0.0, 2.0)]),
+        "region": lambda: rn.Compose([rn.Unbound([0.0, 0.0], [1.0, 2.0]).inv, rn.TriangularAffine(2)]),
+        "normalization": lambda: rn.Compose([rn.Unbound([0.0, 0.0], [1.0, 2.0]).inv, standardize(2)]),
+        "back": lambda: rn.Compose([T.SigmoidTransform(), rn.Unbound([0.0, 0.0], [1.0, 1.0]), rn.real_nvp(2)]),
+    },
+)
+def test_bounds_in_one_compiled_graph(make):
+    torch.manual_seed(0)
+    flow = rn.Flow(perturb(make(), 0.1))
+    y = torch.tensor([[0.5, 0.6], [7.0, 0.5], [0.3, -9.0]])
+    with pyro.validation_enabled(False):
+        score = torch.compile(lambda y: flow().log_prob(y), fullgraph=True, backend="eager")
+        torch.testing.assert_close(score(y), flow().log_prob(y))
+        draw = torch.compile(lambda: flow().rsample((4,)), fullgraph=True, backend="eager")
+        assert flow().log_prob(draw()).isfinite().all()
+
+
+def test_a_region_as_the_support_of_a_latent():
+    torch.manual_seed(0)
+    prior = rn.Flow(rn.Compose([rn.Unbound([0.0, 0.0], [1.0, 1.0]).inv, rn.TriangularAffine(2)])).requires_grad_(False)
+    prior.bijection.parts[1].start_at(torch.zeros(2), torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
+    to_region = biject_to(prior().support)
+    z = torch.randn(5, 2, dtype=torch.float32, requires_grad=True)
+    y = to_region(z)
+    assert prior().support.check(y).all()
+    torch.testing.assert_close(to_region.inv(y), z)
+    exact = torch.autograd.functional.jacobian(to_region, z[0]).det().abs().log()
+    torch.testing.assert_close(to_region.log_abs_det_jacobian(z, y)[0], exact)
+
+    def model():
+        y = pyro.sample("y", prior())
+        pyro.sample("x", dist.Normal(y.sum(), 0.5), obs=torch.tensor(2.0))
+
+    draws = prior().sample((200_000,))
+    weights = dist.Normal(draws.sum(-1), 0.5).log_prob(torch.tensor(2.0))
+    exact = (weights.logsumexp(0) - math.log(len(draws))).item()
+    guide = rn.AutoRealNVP(model, num_couplings=2)
+    rn.fit_guide(guide, num_steps=100, progress=False, seed=0)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(exact, abs=0.02)
+    kernel = pyro.infer.NUTS(model)
+    chain = pyro.infer.MCMC(kernel, num_samples=300, warmup_steps=100, disable_progbar=True)
+    chain.run()
+    mean = (weights.softmax(0)[:, None] * draws).sum(0)
+    torch.testing.assert_close(chain.get_samples()["y"].mean(0), mean, atol=0.15, rtol=0)
+
+
 def test_bounds_that_a_context_moves():
     flow = rn.Flow(rn.Compose([unit(), sloped(0.5)]))
     context = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -176,6 +315,18 @@ def test_a_prior_with_an_inner_bound():
         "no inverse": (lambda: rn.Flow(rn.Compose([rn.Logit(0)], **ONE)), r"is an \.inv missing"),
         "in a stack": (lambda: rn.Flow(rn.Compose([rn.real_nvp(2), rn.Logit(0)])), r"is an \.inv missing"),
         "exp": (lambda: rn.Flow(rn.Compose([rn.real_nvp(2), T.ExpTransform().inv])), r"is an \.inv missing"),
+        "cdf": (
+            lambda: rn.Flow(rn.Compose([T.CumulativeDistributionTransform(exponential())], **ONE)),
+            "expected a base with values in GreaterThanEq",
+        ),
+        "region": (
+            lambda: rn.Flow(rn.Compose([rn.TriangularAffine(1), rn.Unbound([0.0], [1.0])]), base=uniform(3.0)),
+            "expected a base with values in Reached",
+        ),
+        "transformed": (
+            lambda: rn.Flow(rn.Unbound([0.0], [1.0]), base=shifted(0.25, 1.5)),
+            "expected a base with values in Box",
+        ),
         "mixture": (
             lambda: rn.Flow(rn.Unbound([0.0], [1.0]), base=rn.MixtureBase(1, num_components=2)),
             "expected a base with values in Box",
@@ -195,6 +346,18 @@ def test_a_base_beyond_the_domain_is_refused(make, message):
 
 def uniform(high):
     return rn.Base(dist.Uniform, low=torch.zeros(1), high=torch.full((1,), high))
+
+
+def shifted(loc, scale):
+    unit = dist.Uniform(torch.zeros(1), torch.ones(1))
+    return lambda: dist.TransformedDistribution(unit, [T.AffineTransform(loc, scale)]).to_event(1)
+
+
+def test_a_base_within_the_domain_that_is_not_seen_at_once():
+    rn.Flow(rn.Unbound([0.0], [1.0]), base=shifted(0.25, 0.5))  # of which torch says that its values are all real
+    rn.Flow(rn.Compose([rn.TriangularAffine(1), rn.Unbound([0.0], [1.0])]), base=uniform(0.9))
+    for k in range(2, 300):  # a third of which rounding took beyond
+        rn.Flow(rn.Compose([T.AffineTransform(0.0, 1 / k), rn.Logit(0.0)], **ONE), base=uniform(float(k)))
 
 
 def test_a_base_within_the_domain():

@@ -251,6 +251,16 @@ X = torch.arange(80).reshape(5, 1, 4, 4) % 16
             ValueError,
             "noise of shape",
         ),
+        "a flow of 16 bits": (
+            lambda: images_of().bfloat16()().log_prob(X),
+            TypeError,
+            r"at least 32 bits, .* autocast",
+        ),
+        "interpolate: on a bound": (
+            lambda: rn.interpolate(rn.Flow(rn.Unbound([0.0], [1.0]).inv), torch.zeros(1), torch.ones(1) / 2, 3),
+            ValueError,
+            "got pixels on its bounds",
+        ),
         "interpolate: one step": (
             lambda: rn.interpolate(rn.Flow(rn.real_nvp(2)), X, X, 1),
             ValueError,

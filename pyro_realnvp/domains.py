@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a base has its values in the domain of a bijection."""
+
+import pyro.distributions as dist
+import torch
+from torch.distributions import constraints
+
+from .bases import MixtureBase
+from .bijections.shapes import Region, bounds, differs, of_entries
+
+_NUM_DRAWS = 256
+
+
+def check_domain(
+    domain: constraints.Constraint, base: "dist.Distribution | MixtureBase", temperature: float = 1.0
+) -> None:
+    """Raises an error if a base, scaled about its mean, draws values beyond the domain of a bijection."""
+    low, high = bounds(domain)
+    if low is None and high is None and not isinstance(domain, Region):
+        return
+    support = of_entries(constraints.real if isinstance(base, MixtureBase) else base.support)
+    if isinstance(base, MixtureBase):
+        beyond = True
+    elif isinstance(domain, Region) or _may_be_narrower(base):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            draws = base.sample((_NUM_DRAWS,))
+            beyond = not domain.check(draws if temperature == 1 else torch.lerp(base.mean, draws, temperature)).all()
+    else:
+        own = [getattr(support, name, end) for name, end in (("lower_bound", -torch.inf), ("upper_bound", torch.inf))]
+        if temperature != 1:
+            own = [base.mean + temperature * (end - base.mean) for end in own]
+        pairs = [(sign, torch.as_tensor(e), b) for sign, e, b in zip((1, -1), own, (low, high)) if b is not None]
+        beyond = any(((sign * e < sign * b) & differs(e, torch.as_tensor(b))).any() for sign, e, b in pairs)
+    if beyond:
+        remedy = "take one with such values, or the inverse of the bijection (is an .inv missing?)"
+        raise ValueError(
+            f"expected a base with values in {of_entries(domain)}, which the bijection takes; got {support}"
+            + (f" at temperature={temperature}: take a lower one" if temperature != 1 else f": {remedy}")
+        )
+
+
+def _may_be_narrower(base: dist.Distribution) -> bool:
+    """Whether torch may declare a support that is larger than it is: the codomain of the last of several transforms."""
+    while isinstance(base, (dist.Independent, dist.MaskedDistribution)):
+        base = base.base_dist
+    return isinstance(base, dist.TransformedDistribution) and of_entries(base.support) is constraints.real

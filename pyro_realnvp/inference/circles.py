@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the circle of an angle is cut open, so that a posterior is in one piece."""
+
+import torch
+from torch import Tensor
+
+from ..supports import period_of
+from .density import LogDensity
+from .sites import Site
+
+_NUM_CUTS = 16
+_ENTRIES_AT_ONCE = 64
+_INSIDE = 1e-6  # of the period: how far from its ends their densities are taken, since one of them may be left out
+_TOLERANCE = 1e-2  # between these log-densities
+
+
+@torch.no_grad()
+def find_turns(density: LogDensity) -> dict[str, Tensor]:
+    """By which part of its period each angle is turned, so that both ends are where its density is low.
+
+    Otherwise a mode at an end would be two modes. Each angle goes around once, the other latents being at rest, and
+    then again, the other angles being where they have a high density. If the ends of an interval have different
+    densities, it is no circle, and stays as it is.
+
+    Args:
+        density: the log-density, whose trace has the values of the others.
+    """
+    nodes, cuts = density.trace.nodes, torch.linspace(0, 1, _NUM_CUTS + 1)
+    values = {name: nodes[name]["value"].detach() for name in density.sites}
+    names = [name for name in density.sites if values[name].numel() and period_of(nodes[name]["fn"])]
+    turns = {}
+    for name in [*names, *names]:
+        period, value = period_of(nodes[name]["fn"]), values[name]
+        low, high = (torch.as_tensor(end).to(value) for end in (period.lower_bound, period.upper_bound))
+        shares = cuts.to(value).clamp(_INSIDE, 1 - _INSIDE).reshape(-1, *(1,) * value.dim())
+        around = (low + (high - low) * shares).expand(-1, *value.shape).reshape(len(shares), -1)
+        log_p = _around(density, values, name, around)
+        is_circle = (log_p[0] - log_p[-1]).abs() <= _TOLERANCE * (1 + log_p[0].abs())
+        lowest, highest = log_p[:-1].argmin(0), log_p[:-1].argmax(0)
+        turns[name] = torch.where(is_circle, cuts.to(value)[lowest], 0.0).reshape(value.shape)
+        best = around.gather(0, highest.unsqueeze(0)).squeeze(0)
+        values[name] = torch.where(is_circle, best, value.flatten()).reshape(value.shape)
+    return turns
+
+
+def _around(density: LogDensity, values: dict[str, Tensor], name: str, around: Tensor) -> Tensor:
+    """The log-density while each entry of an angle takes its values `around`, ``(N, D)``, one entry after the other."""
+    value, found = values[name], []
+    for entries in torch.arange(value.numel()).split(_ENTRIES_AT_ONCE):
+        draws = value.flatten().repeat(len(around), len(entries), 1)
+        for k, entry in enumerate(entries):
+            draws[:, k, entry] = around[:, entry]
+        points = {other: v.expand(draws.shape[:2].numel(), *v.shape) for other, v in values.items()}
+        points[name] = draws.reshape(-1, *value.shape)
+        found.append(_each(density, points).reshape(len(around), -1))
+    return torch.cat(found, 1)
+
+
+def _each(density: LogDensity, points: dict[str, Tensor]) -> Tensor:
+    try:
+        return density(points)
+    except Exception:  # of a model that cannot be mapped; a warning says so later
+        count = len(next(iter(points.values())))
+        return torch.stack([density.one({name: v[k] for name, v in points.items()}) for k in range(count)])
+
+
+def with_turns(sites: dict[str, Site], names: list[str], turns: Tensor) -> dict[str, Site]:
+    """The sites, of which those with the names are turned; `turns` is one vector for all of them."""
+    parts = turns.split([sites[name].shape.numel() for name in names])
+    turned = zip(names, parts)
+    return sites | {name: sites[name]._replace(turn=t.reshape(sites[name].shape)) for name, t in turned if t.any()}
