@@ -111,7 +111,8 @@ class AllLatents(GuideBase, AutoContinuous):
         turns = find_turns(density) if self.master is None else {}
         self._sites: dict[str, Site] = density.sites
         self._circles: list[str] = list(turns)
-        self.register_buffer("turn", torch.cat([torch.zeros(0), *[turn.flatten() for turn in turns.values()]]))
+        flat = [turn.flatten() for turn in turns.values()]
+        self.register_buffer("turn", torch.cat([next(iter(values.values())).new_zeros(0), *flat]))
         density.sites = self.sites
         self.latent_dim: int = density.dim
         self._has_dynamic_supports = self.master is None and (

@@ -12,6 +12,7 @@ _NUM_CUTS = 16
 _ENTRIES_AT_ONCE = 64
 _INSIDE = 1e-6  # of the period: how far from its ends their densities are taken, since one of them may be left out
 _TOLERANCE = 1e-2  # between these log-densities
+_LEAST_GAIN = 1.0  # nats, by which the density must be lower elsewhere
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def find_turns(density: LogDensity) -> dict[str, Tensor]:
 
     Otherwise a mode at an end would be two modes. Each angle goes around once, the other latents being at rest, and
     then again, the other angles being where they have a high density. If the ends of an interval have different
-    densities, it is no circle, and stays as it is.
+    densities, it is no circle, and stays as it is, as it does if the density is hardly lower anywhere else.
 
     Args:
         density: the log-density, whose trace has the values of the others.
@@ -36,9 +37,10 @@ def find_turns(density: LogDensity) -> dict[str, Tensor]:
         around = (low + (high - low) * shares).expand(-1, *value.shape).reshape(len(shares), -1)
         log_p = _around(density, values, name, around)
         is_circle = (log_p[0] - log_p[-1]).abs() <= _TOLERANCE * (1 + log_p[0].abs())
-        lowest, highest = log_p[:-1].argmin(0), log_p[:-1].argmax(0)
-        turns[name] = torch.where(is_circle, cuts.to(value)[lowest], 0.0).reshape(value.shape)
-        best = around.gather(0, highest.unsqueeze(0)).squeeze(0)
+        lowest, cut = log_p[:-1].min(0)
+        gains = is_circle & (log_p[0] - lowest > _LEAST_GAIN)
+        turns[name] = torch.where(gains, cuts.to(value)[cut], 0.0).reshape(value.shape)
+        best = around.gather(0, log_p.argmax(0, keepdim=True)).squeeze(0)
         values[name] = torch.where(is_circle, best, value.flatten()).reshape(value.shape)
     return turns
 
