@@ -51,7 +51,8 @@ class Standardize(Bijection):
             weights: the weight of each row of x; by default all rows count alike.
 
         Raises:
-            ValueError: x has fewer than two rows, values that are not finite, or a constant column.
+            ValueError: x has fewer than two rows, values that are not finite, or a constant column; or there is not one
+                weight for each row, or a negative one.
         """
         mean, std = column_statistics(x, self.event_shape[0], weights)
         constant = (std == 0).nonzero().squeeze(-1).tolist()
@@ -240,9 +241,14 @@ def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) 
     """
     check_tensor("fit", x)
     rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
-    if weights is not None:  # a row of weight 0 does not count, whatever it holds
-        counted = weights.reshape(-1) > 0
-        rows, weights = rows[counted], weights.reshape(-1)[counted]
+    if weights is not None:
+        weights = weights.reshape(-1)
+        if len(weights) != len(rows) or not (weights >= 0).all():
+            raise ValueError(
+                f"expected a weight for each of the {len(rows)} rows, none of them negative; got {len(weights)}, of "
+                f"which {(~(weights >= 0)).sum()} are negative or nan"
+            )
+        rows, weights = rows[weights > 0], weights[weights > 0]  # of the others it does not matter what they hold
     if rows.shape[-1] != input_dim or len(rows) < 2:
         raise ValueError(f"expected at least two rows of {input_dim} columns; got shape {tuple(x.shape)}")
     bad = (~rows.isfinite()).any(-1).sum()

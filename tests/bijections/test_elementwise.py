@@ -90,6 +90,16 @@ def test_a_value_beyond_the_bounds_is_refused(f, x, message):
             ValueError,
             r"columns \[0, 1\] are constant",
         ),
+        "negative weights": (
+            lambda: rn.Standardize(1).fit(torch.randn(3, 1), torch.tensor([1.0, -1.0, 1.0])),
+            ValueError,
+            "none of them negative; got 3, of which 1 are negative",
+        ),
+        "too few weights": (
+            lambda: rn.Standardize(1).fit(torch.randn(3, 1), torch.ones(2)),
+            ValueError,
+            "a weight for each of the 3 rows",
+        ),
         "one row": (lambda: rn.Standardize(2).fit(torch.ones(1, 2)), ValueError, "at least two rows"),
         "other columns": (lambda: rn.Standardize(2).fit(torch.ones(5, 3)), ValueError, "of 2 columns"),
         "nan": (
