@@ -39,11 +39,20 @@ def circle_of(fn: td.Distribution) -> constraints.Constraint | None:
 
 
 def period_of(fn: td.Distribution) -> constraints.Constraint | None:
-    """The interval of the values of an angle, or of what may be one. None for other distributions."""
+    """The interval of the values of an angle, or of a uniform distribution. None for other distributions."""
     circle = circle_of(fn)
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
     return of_entries(fn.support) if circle is None and isinstance(fn, td.Uniform) else circle
+
+
+def is_angle(fn: td.Distribution) -> bool:
+    """Whether a distribution is of angles, or uniform over a full turn, in radians or degrees."""
+    period = period_of(fn)
+    if period is None or circle_of(fn) is not None:
+        return period is not None
+    length = torch.as_tensor(period.upper_bound - period.lower_bound)
+    return any(torch.allclose(length, torch.full_like(length, turn)) for turn in (2 * math.pi, 360.0))
 
 
 def turned(fn: td.Distribution, value: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:

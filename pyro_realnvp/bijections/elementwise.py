@@ -242,11 +242,12 @@ def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) 
     check_tensor("fit", x)
     rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
     if weights is not None:
-        weights = weights.reshape(-1)
-        if len(weights) != len(rows) or not (weights >= 0).all():
+        weights = torch.as_tensor(weights).reshape(-1)
+        good = (weights >= 0) & weights.isfinite()
+        if len(weights) != len(rows) or not good.all() or (weights > 0).sum() < 2:
             raise ValueError(
-                f"expected a weight for each of the {len(rows)} rows, none of them negative; got {len(weights)}, of "
-                f"which {(~(weights >= 0)).sum()} are negative or nan"
+                f"expected a weight for each of the {len(rows)} rows, none of them negative, nan or infinite, and two "
+                f"above 0; got {len(weights)}, {(~good).sum()} of them bad, and {(weights > 0).sum()} above 0"
             )
         rows, weights = rows[weights > 0], weights[weights > 0]  # of the others it does not matter what they hold
     if rows.shape[-1] != input_dim or len(rows) < 2:
@@ -260,7 +261,8 @@ def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) 
     if weights is None:
         mean, std = rows.mean(0), rows.std(0)
     else:
-        weights = weights.to(rows) / weights.sum()
+        weights = weights.to(rows) / weights.max()
+        weights = weights / weights.sum()
         mean = weights @ rows
         std = (weights @ (rows - mean).square() * (len(rows) / (len(rows) - 1))).sqrt()
     return unit * mean, unit * torch.where((rows == rows[0]).all(0), 0.0, std)

@@ -11,6 +11,7 @@ from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import AffineTransform, Transform
 
 from .bijection import Bijection, Conditioned, Inverse
+from .elementwise import Unbound
 from .foreign import Foreign
 from .normalization import BatchNorm
 from .reshape import Permute
@@ -179,6 +180,8 @@ def _between(low: Tensor, high: Tensor, codomain: constraints.Constraint) -> con
         space = constraints.greater_than(low)
     elif (low == -torch.inf).all():
         space = constraints.less_than(high)
+    elif low.dim() == codomain.event_dim == 1 and (low.isinf() | high.isinf()).any():
+        return Unbound(low.detach(), high.detach()).domain  # of which, unlike of torch's, an end may be infinite
     else:
         space = constraints.interval(low, high)
     return _with_axes(space, codomain.event_dim)

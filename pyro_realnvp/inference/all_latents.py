@@ -108,7 +108,9 @@ class AllLatents(GuideBase, AutoContinuous):
         if not density.dim:
             raise RuntimeError("found no latent variables that the density counts: use an empty guide instead")
         # A part of a list of guides cannot see what the other parts draw.
-        turns = find_turns(density) if self.master is None else {}
+        turns, starts = find_turns(density) if self.master is None else ({}, {})
+        for name, start in starts.items():
+            self.prototype_trace.nodes[name]["value"] = start
         self._sites: dict[str, Site] = density.sites
         self._circles: list[str] = list(turns)
         flat = [turn.flatten() for turn in turns.values()]

@@ -4,20 +4,21 @@
 import torch
 from torch import Tensor
 
-from ..supports import period_of
+from ..supports import is_angle, period_of, turned
 from .density import LogDensity
 from .sites import Site
 
 _NUM_CUTS = 16
-_ENTRIES_AT_ONCE = 64
-_INSIDE = 1e-6  # of the period: how far from its ends their densities are taken, since one of them may be left out
-_TOLERANCE = 1e-2  # between these log-densities
+_ENTRIES_AT_ONCE = 8
+_INSIDE = 1e-6  # of the period: how far from its ends their densities are taken, since a support may leave one out
+_TOLERANCE = 0.05  # nats, between these log-densities, beside their rounding
 _LEAST_GAIN = 1.0  # nats, by which the density must be lower elsewhere
 
 
 @torch.no_grad()
-def find_turns(density: LogDensity) -> dict[str, Tensor]:
-    """By which part of its period each angle is turned, so that both ends are where its density is low.
+def find_turns(density: LogDensity) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By which part of its period each angle is turned, so that both ends are where its density is low; and a start for
+    each, which is the value in the trace unless this is near such an end.
 
     Otherwise a mode at an end would be two modes. Each angle goes around once, the other latents being at rest, and
     then again, the other angles being where they have a high density. If the ends of an interval have different
@@ -28,21 +29,26 @@ def find_turns(density: LogDensity) -> dict[str, Tensor]:
     """
     nodes, cuts = density.trace.nodes, torch.linspace(0, 1, _NUM_CUTS + 1)
     values = {name: nodes[name]["value"].detach() for name in density.sites}
-    names = [name for name in density.sites if values[name].numel() and period_of(nodes[name]["fn"])]
-    turns = {}
+    names = [name for name in density.sites if values[name].numel() and is_angle(nodes[name]["fn"])]
+    turns, starts = {}, {}
     for name in [*names, *names]:
         period, value = period_of(nodes[name]["fn"]), values[name]
         low, high = (torch.as_tensor(end).to(value) for end in (period.lower_bound, period.upper_bound))
         shares = cuts.to(value).clamp(_INSIDE, 1 - _INSIDE).reshape(-1, *(1,) * value.dim())
         around = (low + (high - low) * shares).expand(-1, *value.shape).reshape(len(shares), -1)
         log_p = _around(density, values, name, around)
-        is_circle = (log_p[0] - log_p[-1]).abs() <= _TOLERANCE * (1 + log_p[0].abs())
+        rounding = 16 * torch.finfo(log_p.dtype).eps * log_p[0].abs()
+        is_circle = (log_p[0] - log_p[-1]).abs() <= _TOLERANCE + rounding
         lowest, cut = log_p[:-1].min(0)
         gains = is_circle & (log_p[0] - lowest > _LEAST_GAIN)
         turns[name] = torch.where(gains, cuts.to(value)[cut], 0.0).reshape(value.shape)
         best = around.gather(0, log_p.argmax(0, keepdim=True)).squeeze(0)
         values[name] = torch.where(is_circle, best, value.flatten()).reshape(value.shape)
-    return turns
+        start = nodes[name]["value"].detach()
+        from_ends = (turned(nodes[name]["fn"], start, -turns[name]) - low) / (high - low)
+        is_near = (turns[name] > 0) & (from_ends.clamp(max=1) - 0.5).abs().gt(0.5 - 1 / _NUM_CUTS)
+        starts[name] = torch.where(is_near, values[name], start)
+    return turns, starts
 
 
 def _around(density: LogDensity, values: dict[str, Tensor], name: str, around: Tensor) -> Tensor:

@@ -93,8 +93,14 @@ def test_a_value_beyond_the_bounds_is_refused(f, x, message):
         "negative weights": (
             lambda: rn.Standardize(1).fit(torch.randn(3, 1), torch.tensor([1.0, -1.0, 1.0])),
             ValueError,
-            "none of them negative; got 3, of which 1 are negative",
+            "none of them negative, .* got 3, 1 of them bad, and 2 above 0",
         ),
+        "infinite weights": (
+            lambda: rn.Standardize(1).fit(torch.randn(3, 1), torch.tensor([1.0, torch.inf, 1.0])),
+            ValueError,
+            "1 of them bad",
+        ),
+        "no weights": (lambda: rn.Standardize(1).fit(torch.randn(3, 1), torch.zeros(3)), ValueError, "and 0 above 0"),
         "too few weights": (
             lambda: rn.Standardize(1).fit(torch.randn(3, 1), torch.ones(2)),
             ValueError,

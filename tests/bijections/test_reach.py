@@ -292,6 +292,17 @@ def test_permuted_bounds():
     assert biject_to(flow().support)(torch.randn(5, 2)).shape == (5, 2)
 
 
+def test_bounds_of_some_entries_only():
+    """Torch's interval has no coordinates for an infinite end."""
+    unbound = rn.Unbound([0.0, -1.0], [1.0, math.inf])
+    prior = rn.Flow(rn.Compose([unbound.inv, rn.Permute(torch.tensor([1, 0]))]))
+    z = torch.randn(5, 2)
+    torch.testing.assert_close(biject_to(prior().support)(z), unbound.inv(z.flip(1)).flip(1))
+    guide = rn.AutoRealNVP(lambda: pyro.sample("z", prior()), num_couplings=2)
+    rn.fit_guide(guide, num_steps=5, progress=False)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(0.0, abs=0.01)
+
+
 def test_a_prior_with_an_inner_bound():
     bijection = rn.Compose([T.SigmoidTransform(), T.AffineTransform(-1.0, 2.0)], event_shape=(1,))
     prior = rn.Flow(bijection, base=rn.Base(dist.Normal, loc=torch.zeros(1), scale=torch.ones(1)))

@@ -24,7 +24,7 @@ from pyro.infer import (
     TraceMeanField_ELBO,
     config_enumerate,
 )
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, init_to_mean
 from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule, PyroParam
 from pyro.ops.indexing import Vindex
@@ -301,6 +301,29 @@ def test_an_angle_near_the_end_of_its_period(kind):
         assert ((draws >= prior.support.lower_bound) if kind == "phases" else draws.abs() <= math.pi).all()
         for f in (torch.sin, torch.cos):
             torch.testing.assert_close(f(draws.double()).mean(0), (log_p.softmax(-1) * f(a)).sum(-1), atol=0.05, rtol=0)
+
+
+def test_a_start_where_the_circle_is_cut_open():
+    """It stayed there, with a log evidence of -97."""
+
+    def model():
+        a = pyro.sample("a", dist.Uniform(0.0, 2 * math.pi))
+        pyro.sample("x", dist.VonMises(a, 5.0), obs=torch.tensor(0.0))
+
+    guide = fitted(model, num_steps=50, init_loc_fn=init_to_mean)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(-math.log(2 * math.pi), abs=0.01)
+
+
+def test_a_number_between_bounds_is_no_angle():
+    """Both ends of a beta distribution have a high density, and lie far from each other all the same."""
+
+    def model():
+        p = pyro.sample("p", dist.Uniform(0.0, 1.0))
+        pyro.factor("beta", -0.8 * p.log() - 0.8 * (-p).log1p())
+
+    guide = fitted(model, num_steps=150)
+    exact = 2 * math.lgamma(0.2) - math.lgamma(0.4)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(exact, abs=0.05)
 
 
 HOURS = torch.distributions.AffineTransform(0.0, 12 / math.pi)
