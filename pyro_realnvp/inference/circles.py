@@ -74,6 +74,8 @@ def _each(density: LogDensity, points: dict[str, Tensor]) -> Tensor:
 
 def with_turns(sites: dict[str, Site], names: list[str], turns: Tensor) -> dict[str, Site]:
     """The sites, of which those with the names are turned; `turns` is one vector for all of them."""
-    parts = turns.split([sites[name].shape.numel() for name in names])
-    turned = zip(names, parts)
-    return sites | {name: sites[name]._replace(turn=t.reshape(sites[name].shape)) for name, t in turned if t.any()}
+    found = {}
+    for name, turn in zip(names, turns.split([sites[name].shape.numel() for name in names])):
+        if turn.any():
+            found[name] = sites[name]._replace(turn=turn.reshape(sites[name].shape))
+    return sites | found
