@@ -6,7 +6,8 @@ import torch
 from torch.distributions import constraints
 
 from .bases import MixtureBase
-from .bijections.shapes import Region, bounds, differs, of_entries
+from .bijections.shapes import Region, bounds, covers, is_limited, of_entries
+from .supports import plain
 
 _NUM_DRAWS = 256
 
@@ -15,8 +16,7 @@ def check_domain(
     domain: constraints.Constraint, base: "dist.Distribution | MixtureBase", temperature: float = 1.0
 ) -> None:
     """Raises an error if a base, scaled about its mean, draws values beyond the domain of a bijection."""
-    low, high = bounds(domain)
-    if low is None and high is None and not isinstance(domain, Region):
+    if not is_limited(domain):
         return
     support = of_entries(constraints.real if isinstance(base, MixtureBase) else base.support)
     if isinstance(base, MixtureBase):
@@ -27,11 +27,11 @@ def check_domain(
             draws = base.sample((_NUM_DRAWS,))
             beyond = not domain.check(draws if temperature == 1 else torch.lerp(base.mean, draws, temperature)).all()
     else:
-        own = [getattr(support, name, end) for name, end in (("lower_bound", -torch.inf), ("upper_bound", torch.inf))]
+        own = bounds(support)
         if temperature != 1:
-            own = [base.mean + temperature * (end - base.mean) for end in own]
-        pairs = [(sign, torch.as_tensor(e), b) for sign, e, b in zip((1, -1), own, (low, high)) if b is not None]
-        beyond = any(((sign * e < sign * b) & differs(e, torch.as_tensor(b))).any() for sign, e, b in pairs)
+            ends = [end if bound is None else bound for bound, end in zip(own, (-torch.inf, torch.inf))]
+            own = tuple(base.mean + temperature * (end - base.mean) for end in ends)
+        beyond = not covers(bounds(domain), own)
     if beyond:
         remedy = "take one with such values, or the inverse of the bijection (is an .inv missing?)"
         raise ValueError(
@@ -42,6 +42,4 @@ def check_domain(
 
 def _may_be_narrower(base: dist.Distribution) -> bool:
     """Whether torch may declare a support that is larger than it is: the codomain of the last of several transforms."""
-    while isinstance(base, (dist.Independent, dist.MaskedDistribution)):
-        base = base.base_dist
-    return isinstance(base, dist.TransformedDistribution) and of_entries(base.support) is constraints.real
+    return isinstance(plain(base), dist.TransformedDistribution) and of_entries(base.support) is constraints.real

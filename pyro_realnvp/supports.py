@@ -38,19 +38,23 @@ def circle_of(fn: td.Distribution) -> constraints.Constraint | None:
     return None
 
 
+def plain(fn: td.Distribution) -> td.Distribution:
+    """A distribution without the wrappers of batches, events and masks."""
+    while isinstance(fn, (td.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
 def period_of(fn: td.Distribution) -> constraints.Constraint | None:
     """The interval of the values of an angle, or of a uniform distribution. None for other distributions."""
-    circle = circle_of(fn)
-    while isinstance(fn, _WRAPPERS):
-        fn = fn.base_dist
-    return of_entries(fn.support) if circle is None and isinstance(fn, td.Uniform) else circle
+    return of_entries(fn.support) if isinstance(plain(fn), td.Uniform) else circle_of(fn)
 
 
 def is_angle(fn: td.Distribution) -> bool:
     """Whether a distribution is of angles, or uniform over a full turn, in radians or degrees."""
+    if not isinstance(plain(fn), td.Uniform):
+        return circle_of(fn) is not None
     period = period_of(fn)
-    if period is None or circle_of(fn) is not None:
-        return period is not None
     length = torch.as_tensor(period.upper_bound - period.lower_bound)
     return any(torch.allclose(length, torch.full_like(length, turn)) for turn in (2 * math.pi, 360.0))
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "bases": {"bijections", "supports", "mixtures"},
     "supports": {"bijections"},
     "mixtures": set(),
-    "domains": {"bases", "bijections"},
+    "domains": {"bases", "bijections", "supports"},
     "distributions": {"bases", "bijections", "domains"},
     "images": {"bijections", "distributions"},
     "training": {"bases", "bijections", "distributions", "saving"},

@@ -15,9 +15,18 @@ from .elementwise import Unbound
 from .foreign import Foreign
 from .normalization import BatchNorm
 from .reshape import Permute
-from .shapes import Region, bounds, differs, for_inner_axes, inner_point, real_events, strictly_inside, sum_events
-
-Bounds = tuple[Tensor | float | None, Tensor | float | None]
+from .shapes import (
+    Bounds,
+    Region,
+    bounds,
+    covers,
+    for_inner_axes,
+    inner_point,
+    is_limited,
+    real_events,
+    strictly_inside,
+    sum_events,
+)
 
 
 class Link(NamedTuple):
@@ -58,7 +67,7 @@ def fixed_space(chain: Sequence[Link], event_dim: int) -> constraints.Constraint
     if not chain:
         return real_events(event_dim)
     last = chain[-1].part
-    has_limits = any(_is_limited(link.part.codomain) for link in chain[:-1])
+    has_limits = any(is_limited(link.part.codomain) for link in chain[:-1])
     # A composition inside of a link may have limits that its context, or a later initialization, will show.
     may_change = any(None in getattr(module, "_spaces", ()) for link in chain for module in link.part.modules())
     if has_limits or may_change or last.codomain is not last.codomain:
@@ -79,7 +88,7 @@ def reached(chain: Sequence[Link], context: Tensor | None = None) -> constraints
     for before, (part, _) in zip(chain, chain[1:]):
         is_region = box is None and isinstance(before.part.codomain, Region)
         box = box or bounds(before.part.codomain)
-        if not is_region and _covers(box, part.domain):
+        if not is_region and covers(box, bounds(part.domain)):
             box = None
             continue
         if _moves(part) or part.context_dim:
@@ -88,27 +97,6 @@ def reached(chain: Sequence[Link], context: Tensor | None = None) -> constraints
         if box is None:
             return _Reached(chain, space.event_dim)
     return space if box is None else _between(*box, space)
-
-
-def _is_limited(space: constraints.Constraint) -> bool:
-    return isinstance(space, Region) or any(bound is not None for bound in bounds(space))
-
-
-def _covers(box: Bounds, domain: constraints.Constraint) -> bool:
-    """Whether all values of a domain lie between some bounds, up to rounding."""
-    pairs = [(sign, b, e) for sign, b, e in zip((1, -1), box, bounds(domain)) if b is not None]
-    if torch.compiler.is_compiling() and any(isinstance(end, Tensor) for _, *ends in pairs for end in ends):
-        return False  # which compiled code cannot ask; the values are then found by the general way
-    for sign, bound, end in pairs:
-        end = -sign * torch.inf if end is None else end
-        if isinstance(bound, Tensor) or isinstance(end, Tensor):
-            bound = torch.as_tensor(bound)
-            end = torch.as_tensor(end).to(bound)
-            if ((sign * end < sign * bound) & differs(end, bound)).any():
-                return False
-        elif sign * end < sign * bound:
-            return False
-    return True
 
 
 def _with_axes(space: constraints.Constraint, count: int) -> constraints.Constraint:
@@ -263,6 +251,6 @@ class _Coordinates(Transform):
 @transform_to.register(_Reached)
 @biject_to.register(_Reached)
 def _coordinates(region: _Reached) -> Transform:
-    if _is_limited(region.chain[0].part.domain):
+    if is_limited(region.chain[0].part.domain):
         raise NotImplementedError(f"no unconstrained coordinates are known for {region}")
     return _Coordinates(region)

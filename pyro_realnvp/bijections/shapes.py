@@ -72,6 +72,9 @@ def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
     return x.flatten(-4, -3).flatten(-2, -1)
 
 
+Bounds = tuple[Tensor | float | None, Tensor | float | None]
+
+
 class Region(constraints.Constraint):
     """Events that are not all those between some bounds of their entries."""
 
@@ -89,7 +92,7 @@ def of_entries(constraint: constraints.Constraint) -> constraints.Constraint:
     return constraint
 
 
-def bounds(constraint: constraints.Constraint) -> tuple[Tensor | float | None, Tensor | float | None]:
+def bounds(constraint: constraints.Constraint) -> Bounds:
     """The lower and the upper bound of the entries, None where there is none."""
     constraint = of_entries(constraint)
     if isinstance(constraint, (constraints.cat, constraints.stack)) and constraint.dim == -1:
@@ -104,6 +107,28 @@ def _joined(parts: Sequence[Tensor | float | None], sizes: Sequence[int], defaul
         return None
     bounds = (torch.as_tensor(default if bound is None else bound) for bound in parts)
     return torch.cat([bound.expand(size) for bound, size in zip(bounds, sizes, strict=True)])
+
+
+def is_limited(space: constraints.Constraint) -> bool:
+    """Whether a space holds only some of the vectors of its kind."""
+    return isinstance(space, Region) or any(bound is not None for bound in bounds(space))
+
+
+def covers(box: Bounds, other: Bounds) -> bool:
+    """Whether all numbers between other bounds lie between these, up to rounding."""
+    pairs = [(sign, b, e) for sign, b, e in zip((1, -1), box, other) if b is not None]
+    if torch.compiler.is_compiling() and any(isinstance(end, Tensor) for _, *ends in pairs for end in ends):
+        return False  # which compiled code cannot ask; the values are then found by the general way
+    for sign, bound, end in pairs:
+        end = -sign * torch.inf if end is None else end
+        if isinstance(bound, Tensor) or isinstance(end, Tensor):
+            bound = torch.as_tensor(bound)
+            end = torch.as_tensor(end).to(bound)
+            if ((sign * end < sign * bound) & differs(end, bound)).any():
+                return False
+        elif sign * end < sign * bound:
+            return False
+    return True
 
 
 def strictly_inside(constraint: constraints.Constraint, value: Tensor) -> Tensor | None:

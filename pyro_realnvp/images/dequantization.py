@@ -93,12 +93,6 @@ class Dequantized(dist.TorchDistribution):
         # The noise has an axis of its own, so that all others must be those of the result.
         batch_shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
         value = value.expand(batch_shape + self.event_shape)
-        like = _parameter(self.distribution)
-        if isinstance(self.distribution, FlowDistribution) and torch.finfo(like.dtype).bits < 32:
-            raise TypeError(
-                f"expected a flow of at least 32 bits, since {like.dtype} has no digits for the noise between levels: "
-                "convert it by .float(), and use autocast, as in fit(autocast=torch.bfloat16)"
-            )
         u, log_q = self._noise(value)
         bound = self.distribution.log_prob(self._real(value, u)) - log_q
         return bound.logsumexp(0) - math.log(self.num_samples) - self.event_shape.numel() * math.log(self.levels)
@@ -113,6 +107,11 @@ class Dequantized(dist.TorchDistribution):
     def _noise(self, value: Tensor) -> tuple[Tensor, Tensor | float]:
         """Noise u of shape ``(K,) + value.shape``, and log q(u | value)."""
         like = _parameter(self.distribution)
+        if isinstance(self.distribution, FlowDistribution) and torch.finfo(like.dtype).bits < 32:
+            raise TypeError(
+                f"expected a flow of at least 32 bits, since {like.dtype} has no digits for the noise between levels: "
+                "convert it by .float(), and use autocast, as in fit(autocast=torch.bfloat16)"
+            )
         shape = (self.num_samples,)
         if self.noise is None:
             dtype = torch.promote_types(like.dtype, torch.float32)  # 16 bits hold a level, but no noise beside it

@@ -8,9 +8,9 @@ import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
+from ..supports import plain
 from .density import LogDensity
 from .mapping import Point, bytes_per_draw, each, reason, warn_that_it_is_slow
-from .relative import plain
 from .sites import unpack
 
 _TOLERANCE = 1e-3

@@ -140,7 +140,7 @@ class AllLatents(GuideBase, AutoContinuous):
     @property
     def relative(self) -> dict[str, Relative]:
         """The latents whose coordinates are relative to their priors."""
-        shapes = [self.sites[name].shape for name in self._relative_names]
+        shapes = [self._sites[name].shape for name in self._relative_names]
         pieces = [
             flat.split([shape.numel() for shape in shapes])
             for flat in (self._buffers["relative_precision"], self._buffers["relative_shift"])
@@ -250,11 +250,10 @@ class AllLatents(GuideBase, AutoContinuous):
         return map_each(results, lambda value: value.reshape(points.shape[:-1] + value.shape[1:]))
 
     def _constrain_by_prototype(self, points: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        values, ladjs = {}, {}
-        for name, part in unpack(points, self.sites).items():
+        values, ladjs, sites = {}, {}, self.sites
+        for name, part in unpack(points, sites).items():
             fn = self.prototype_trace.nodes[name]["fn"]
-            site = self.sites[name]
-            values[name], ladjs[name] = site.constrain(name, fn, site.unpack(part))
+            values[name], ladjs[name] = sites[name].constrain(name, fn, sites[name].unpack(part))
         return values, ladjs
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -264,10 +263,10 @@ class AllLatents(GuideBase, AutoContinuous):
                 "the supports of this model depend on its latents, so each draw has others: take the values of the "
                 "sites from pyro_realnvp.sample_posterior, or from the model itself"
             )
-        for name, part in unpack(latent, self.sites).items():
+        for name, part in unpack(latent, self._sites).items():
             site = self.prototype_trace.nodes[name]
-            value = self.sites[name].unpack(part)
-            event_dim = site["fn"].event_dim + len(self.sites[name].shape) - site["value"].dim()
+            value = self._sites[name].unpack(part)
+            event_dim = site["fn"].event_dim + len(self._sites[name].shape) - site["value"].dim()
             yield site, beside_plates(value, latent.shape[:-1], event_dim)
 
     @torch.no_grad()

@@ -18,10 +18,10 @@ from ..bijections.compose import Compose
 from ..bijections.linear import ConditionalAffine
 from ..distributions import Flow
 from ..flows import real_nvp
+from ..supports import plain
 from .base import GuideBase, are_same, quantiles_of
 from .density import LogDensity
 from .mapping import map_over
-from .relative import plain
 from .sites import Rows, Site, batch_mask, unconstraining, unpack
 
 

@@ -18,8 +18,8 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ..bijections.memo import forget_param_store
+from ..supports import plain
 from .density import LogDensity
-from .relative import plain
 from .sites import is_enumerated
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the circle of an angle is cut open, so that a posterior is in one piece."""
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -68,8 +70,9 @@ def _each(density: LogDensity, points: dict[str, Tensor]) -> Tensor:
     try:
         return density(points)
     except Exception:  # of a model that cannot be mapped; a warning says so later
-        count = len(next(iter(points.values())))
-        return torch.stack([density.one({name: v[k] for name, v in points.items()}) for k in range(count)])
+        one_by_one = copy(density)
+        one_by_one.is_mapped = False
+        return one_by_one(points)
 
 
 def with_turns(sites: dict[str, Site], names: list[str], turns: Tensor) -> dict[str, Site]:

@@ -13,10 +13,10 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ..supports import plain
 from .base import GuideBase
 from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
-from .relative import plain
 from .sites import batch_mask, counts, unconstraining
 from .traces import check_argument_names, model_of, run, values_of
 

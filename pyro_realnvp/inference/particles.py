@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..bijections.bijection import Bijection
+from ..supports import plain
 from .agreement import check
 from .base import GuideBase
 from .density import LogDensity, Pass
 from .mapping import Point, bytes_per_draw, map_over, reason, warn_that_it_is_slow
-from .relative import plain
 from .sites import Rows
 
 

@@ -9,6 +9,7 @@ import torch.distributions as td
 from torch import Tensor
 
 from ..bijections.shapes import sum_events
+from ..supports import plain
 
 _LOCATION_SCALE = (td.Normal, td.LogNormal, td.StudentT, td.Laplace, td.Cauchy, td.Gumbel, dist.Logistic)
 
@@ -74,13 +75,6 @@ def _log_det(deviation: Tensor, values: Tensor, event_dim: int) -> Tensor:
 
 def _log_det_of_trils(tril: Tensor, root: Tensor) -> Tensor:
     return (tril.diagonal(dim1=-2, dim2=-1).log() - root.diagonal(dim1=-2, dim2=-1).log()).sum(-1)
-
-
-def plain(fn: td.Distribution) -> td.Distribution:
-    """A distribution without the wrappers of batches, events and masks."""
-    while isinstance(fn, (td.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
-        fn = fn.base_dist
-    return fn
 
 
 def location_and_scale(fn: td.Distribution) -> tuple[Tensor, Tensor] | None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
 from ..bijections.shapes import bounds, of_entries, sum_events
-from ..supports import circle_of, turned
-from .relative import Relative, plain
+from ..supports import circle_of, plain, turned
+from .relative import Relative
 from .subsampling import draws_rows
 
 

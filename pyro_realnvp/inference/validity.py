@@ -16,7 +16,7 @@ from torch.distributions.utils import lazy_property
 
 from ..bijections.shapes import of_entries, sum_events
 from ..distributions import FlowDistribution
-from .relative import plain
+from ..supports import plain
 
 # Formulas return nan for nan, and the Cholesky decomposition fails where a matrix is not positive definite. Checks of
 # symmetric matrices and of correlations compare up to rounding, which a valid model may exceed.

@@ -14,6 +14,7 @@ from pyro.infer import ELBO, ReweightedWakeSleep, TraceMeanField_ELBO, TraceTail
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from ..supports import plain
 from ..training.history import Callback, History
 from ..training.loop import Training
 from ..training.options import LoopOptions
@@ -21,7 +22,6 @@ from .agreement import seeded
 from .base import GuideBase
 from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
-from .relative import plain
 from .traces import check_argument_names, check_gradients, learned_parameters, model_of, values_of
 
 _TOLERANCE = 0.01  # nats, which validation cannot tell from its noise
