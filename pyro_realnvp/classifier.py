@@ -99,6 +99,8 @@ class RealNVPClassifier(ClassifierMixin, BaseEstimator):
         if self.priors is None:
             return np.bincount(labels) / len(labels)
         priors = np.asarray(self.priors)
+        if priors.shape == self.classes_.shape:
+            priors = priors.astype(float)  # of fractions, decimals and names there is no logarithm
         if priors.shape != self.classes_.shape or (priors < 0).any() or not np.isclose(priors.sum(), 1):
             raise ValueError(
                 f"expected {len(self.classes_)} priors, which are not negative and sum to 1; got {self.priors}"

@@ -50,21 +50,35 @@ def period_of(fn: td.Distribution) -> constraints.Constraint | None:
     return of_entries(fn.support) if isinstance(plain(fn), td.Uniform) else circle_of(fn)
 
 
-def is_angle(fn: td.Distribution) -> bool:
-    """Whether a distribution is of angles, or uniform over a full turn, in radians or degrees."""
+def angles(fn: td.Distribution) -> torch.Tensor:
+    """Which entries of a value are angles, or uniform over a full turn, in radians or degrees."""
     if not isinstance(plain(fn), td.Uniform):
-        return circle_of(fn) is not None
+        return torch.tensor(circle_of(fn) is not None and not _is_folded(fn))
     period = period_of(fn)
     length = torch.as_tensor(period.upper_bound - period.lower_bound)
-    return any(torch.allclose(length, torch.full_like(length, turn)) for turn in (2 * math.pi, 360.0))
+    return torch.isclose(length, torch.full_like(length, 2 * math.pi)) | torch.isclose(
+        length, torch.full_like(length, 360.0)
+    )
+
+
+def _is_folded(fn: td.Distribution | None) -> bool:
+    """Whether a distribution is of angles that are reflected at the ends of half a period, and do not go round."""
+    while fn is not None and not isinstance(fn, dist.FoldedDistribution):
+        inner = ("base_dist", "component_distribution", "component0")
+        fn = next((getattr(fn, name) for name in inner if hasattr(fn, name)), None)
+    return fn is not None
 
 
 def turned(fn: td.Distribution, value: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Angles that are turned by a part of their period. What leaves the interval at one end comes in at the other."""
+    """Angles that are turned by a part of their period. What leaves the interval at one end comes in at the other.
+
+    Entries whose part is 0 stay as they are.
+    """
     period = period_of(fn)
     length = period.upper_bound - period.lower_bound
     share = ((value - period.lower_bound) / length + turn.to(value)) % 1
-    return period.lower_bound + length * share.clamp(max=1 - torch.finfo(value.dtype).eps)
+    result = period.lower_bound + length * share.clamp(max=1 - torch.finfo(value.dtype).eps)
+    return torch.where(turn.to(value.device) == 0, value, result)
 
 
 def _image(circle: constraints.Constraint | None, transform: td.Transform) -> constraints.Constraint | None:

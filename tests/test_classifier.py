@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The classifier, against scikit-learn's conventions and the exact probabilities of normal classes."""
 
+from decimal import Decimal
+from fractions import Fraction
+
 import numpy as np
 import pandas
 import pytest
@@ -49,6 +52,12 @@ def test_bayes_rule_is_that_of_the_densities():
     np.testing.assert_allclose(probabilities, joint / joint.sum(1, keepdims=True), rtol=1e-6)
     np.testing.assert_allclose(np.exp(classifier.predict_log_proba(X)), probabilities)
     assert (classifier.predict(X) == classifier.classes_[probabilities.argmax(1)]).all()
+
+
+@pytest.mark.parametrize("priors", [[Fraction(1, 4), Fraction(3, 4)], [Decimal("0.25"), Decimal("0.75")]])
+def test_priors_of_other_kinds_of_numbers(priors):
+    found, expected = (small(priors=p, num_steps=2).fit(X, Y).predict_proba(X[:3]) for p in (priors, [0.25, 0.75]))
+    np.testing.assert_allclose(found, expected)
 
 
 def test_priors_may_be_zero_and_decide_outside_of_the_support():

@@ -261,7 +261,7 @@ def column_statistics(x: Tensor, input_dim: int, weights: Tensor | None = None) 
     if weights is None:
         mean, std = rows.mean(0), rows.std(0)
     else:
-        weights = weights.to(rows) / weights.max()
+        weights = (weights / weights.max()).to(rows)  # single precision might not hold the weights themselves
         weights = weights / weights.sum()
         mean = weights @ rows
         std = (weights @ (rows - mean).square() * (len(rows) / (len(rows) - 1))).sqrt()

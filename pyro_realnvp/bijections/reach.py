@@ -13,6 +13,7 @@ from torch.distributions.transforms import AffineTransform, Transform
 from .bijection import Bijection, Conditioned, Inverse
 from .elementwise import Unbound
 from .foreign import Foreign
+from .modes import is_eager
 from .normalization import BatchNorm
 from .reshape import Permute
 from .shapes import (
@@ -160,7 +161,7 @@ def _expanded(end: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _between(low: Tensor, high: Tensor, codomain: constraints.Constraint) -> constraints.Constraint:
-    if torch.compiler.is_compiling():
+    if not is_eager(low, high):
         space = constraints.interval(low, high)
     elif (low == -torch.inf).all() and (high == torch.inf).all():
         return codomain

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from .modes import is_eager
+
 
 def real_events(event_dim: int) -> constraints.Constraint:
     """Returns the constraint of real-valued events with `event_dim` axes."""
@@ -117,8 +119,9 @@ def is_limited(space: constraints.Constraint) -> bool:
 def covers(box: Bounds, other: Bounds) -> bool:
     """Whether all numbers between other bounds lie between these, up to rounding."""
     pairs = [(sign, b, e) for sign, b, e in zip((1, -1), box, other) if b is not None]
-    if torch.compiler.is_compiling() and any(isinstance(end, Tensor) for _, *ends in pairs for end in ends):
-        return False  # which compiled code cannot ask; the values are then found by the general way
+    tensors = [end for _, *ends in pairs for end in ends if isinstance(end, Tensor)]
+    if tensors and not is_eager(*tensors):
+        return False  # which neither compiled nor mapped code can ask; the values are then found by the general way
     for sign, bound, end in pairs:
         end = -sign * torch.inf if end is None else end
         if isinstance(bound, Tensor) or isinstance(end, Tensor):

@@ -18,7 +18,7 @@ from ..bijections.compose import Compose
 from ..distributions import FlowDistribution
 from .agreement import check_finite
 from .base import GuideBase, are_same, give_to_a_site, quantiles_of
-from .circles import find_turns, with_turns
+from .circles import cut_open, find_turns, with_turns
 from .coordinates import FromRelative
 from .density import LogDensity
 from .dynamic import are_dynamic, are_dynamic_far_away
@@ -170,10 +170,10 @@ class AllLatents(GuideBase, AutoContinuous):
             ValueError: the model has other latents.
         """
         self._check_sites(density)
+        density.relative, density.sites = self.relative, self.sites
         if self.master is None and not self._has_dynamic_supports:
             # The supports may depend on the arguments, too.
             self._has_dynamic_supports = are_dynamic(density, self._init_loc(), self._by_prototype)
-        density.relative, density.sites = self.relative, self.sites
 
     def _check_sites(self, density: LogDensity) -> None:
         own, others = ({name: site.layout for name, site in s.items()} for s in (self.sites, density.sites))
@@ -284,8 +284,12 @@ class AllLatents(GuideBase, AutoContinuous):
     def quantiles(
         self, quantiles: Sequence[float], *args: Any, num_samples: int = 1000, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Quantiles of each latent, ``(len(quantiles),) + site shape``, estimated from draws."""
-        return quantiles_of(self.sample(num_samples), quantiles)
+        """Quantiles of each latent, ``(len(quantiles),) + site shape``, estimated from draws.
+
+        Those of an angle that the guide has turned go round from where its circle is cut.
+        """
+        where = self.sites, self.prototype_trace.nodes
+        return cut_open(quantiles_of(cut_open(self.sample(num_samples), *where), quantiles), *where, back=True)
 
 
 def _sizes(sites: dict[str, Site]) -> dict[str, int]:

@@ -6,14 +6,15 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from ..supports import is_angle, period_of, turned
+from ..supports import angles, period_of, turned
 from .density import LogDensity
 from .sites import Site
 
 _NUM_CUTS = 16
 _ENTRIES_AT_ONCE = 8
 _INSIDE = 1e-6  # of the period: how far from its ends their densities are taken, since a support may leave one out
-_TOLERANCE = 0.05  # nats, between these log-densities, beside their rounding
+_BESIDE = 1e-3  # of the period: how far from its ends a start is, if it can be, since the density may have a kink there
+_TOLERANCE = 0.05  # nats, between the log-densities at the ends, beside their rounding
 _LEAST_GAIN = 1.0  # nats, by which the density must be lower elsewhere
 
 
@@ -29,21 +30,27 @@ def find_turns(density: LogDensity) -> tuple[dict[str, Tensor], dict[str, Tensor
     Args:
         density: the log-density, whose trace has the values of the others.
     """
-    nodes, cuts = density.trace.nodes, torch.linspace(0, 1, _NUM_CUTS + 1)
+    nodes, cuts = density.trace.nodes, torch.linspace(0, 1, _NUM_CUTS + 1)[1:-1]
+    near = torch.tensor([_INSIDE, 2 * _INSIDE, _BESIDE])
+    shares = torch.cat([near, cuts, 1 - near.flip(0)]).double()
     values = {name: nodes[name]["value"].detach() for name in density.sites}
-    names = [name for name in density.sites if values[name].numel() and is_angle(nodes[name]["fn"])]
+    names = [name for name in density.sites if values[name].numel() and angles(nodes[name]["fn"]).any()]
     turns, starts = {}, {}
     for name in [*names, *names]:
         period, value = period_of(nodes[name]["fn"]), values[name]
         low, high = (torch.as_tensor(end).to(value) for end in (period.lower_bound, period.upper_bound))
-        shares = cuts.to(value).clamp(_INSIDE, 1 - _INSIDE).reshape(-1, *(1,) * value.dim())
-        around = (low + (high - low) * shares).expand(-1, *value.shape).reshape(len(shares), -1)
+        around = low + (high - low) * shares.to(value).reshape(-1, *(1,) * value.dim())
+        around = around.expand(-1, *value.shape).reshape(len(shares), -1)
         log_p = _around(density, values, name, around)
-        rounding = 16 * torch.finfo(log_p.dtype).eps * log_p[0].abs()
-        is_circle = (log_p[0] - log_p[-1]).abs() <= _TOLERANCE + rounding
-        lowest, cut = log_p[:-1].min(0)
-        gains = is_circle & (log_p[0] - lowest > _LEAST_GAIN)
+        # A density may be so narrow that it falls between an end and the points beside it, so it is continued.
+        ends = 2 * log_p[0] - log_p[1], 2 * log_p[-1] - log_p[-2]
+        rounding = 32 * torch.finfo(log_p.dtype).eps * log_p[0].abs()
+        is_circle = (ends[0] - ends[1]).abs() <= _TOLERANCE + rounding
+        is_circle = is_circle & angles(nodes[name]["fn"]).expand(value.shape).flatten()
+        lowest, cut = log_p[3:-3].min(0)
+        gains = is_circle & (ends[0] - lowest > _LEAST_GAIN)
         turns[name] = torch.where(gains, cuts.to(value)[cut], 0.0).reshape(value.shape)
+        log_p[[0, 1, -2, -1]] -= _LEAST_GAIN
         best = around.gather(0, log_p.argmax(0, keepdim=True)).squeeze(0)
         values[name] = torch.where(is_circle, best, value.flatten()).reshape(value.shape)
         start = nodes[name]["value"].detach()
@@ -73,6 +80,15 @@ def _each(density: LogDensity, points: dict[str, Tensor]) -> Tensor:
         one_by_one = copy(density)
         one_by_one.is_mapped = False
         return one_by_one(points)
+
+
+def cut_open(
+    draws: dict[str, Tensor], sites: dict[str, Site], nodes: dict[str, dict], *, back: bool = False
+) -> dict[str, Tensor]:
+    """Draws, or quantiles, in which the angles that are turned go from the cut of their circle to the cut, and not from
+    one end of their period to the other; or `back` from there."""
+    turns = {name: site.turn if back else -site.turn for name, site in sites.items() if site.turn is not None}
+    return draws | {name: turned(nodes[name]["fn"], draws[name], turn) for name, turn in turns.items()}
 
 
 def with_turns(sites: dict[str, Site], names: list[str], turns: Tensor) -> dict[str, Site]:

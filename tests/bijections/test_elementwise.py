@@ -130,3 +130,5 @@ def test_a_row_without_weight_sets_no_scale(fill):
     expected = rn.Standardize(1).fit(x[1:])
     x[0] = fill
     torch.testing.assert_close(rn.Standardize(1).fit(x, weights).std, expected.std)
+    for weight in (1e-50, 1e300):  # which single precision does not hold
+        torch.testing.assert_close(rn.Standardize(1).fit(x, weight * weights.double()).std, expected.std)

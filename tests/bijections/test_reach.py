@@ -380,3 +380,21 @@ def test_a_base_within_the_domain():
         assert mass == pytest.approx(1, abs=1e-3)
     gamma = rn.Base(dist.Gamma, concentration=torch.ones(1), rate=torch.ones(1))  # whose support holds its bound
     assert rn.Flow(rn.Unbound([0.0], [math.inf]), base=gamma)(temperature=0.5).sample((9,)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [T.SigmoidTransform(), rn.ConditionalAffine(1, 1)],
+        lambda: [T.ExpTransform(), rn.ConditionalAffine(1, 1), T.ExpTransform()],
+        lambda: [rn.ConditionalAffine(1, 1), T.SigmoidTransform(), rn.ConditionalAffine(1, 1)],
+    ],
+)
+def test_bounds_that_a_context_moves_are_mapped(make):
+    flow = rn.Flow(perturb(rn.Compose(make(), **ONE)))
+    generator = torch.Generator().manual_seed(0)
+    context, y = torch.randn(20, 1, generator=generator), torch.randn(20, 1, generator=generator)
+    with pyro.validation_enabled(False):
+        expected = flow(context).log_prob(y)
+        assert expected.isfinite().any() and expected.isinf().any()
+        torch.testing.assert_close(torch.vmap(lambda c, y: flow(c).log_prob(y))(context, y), expected)

@@ -296,7 +296,7 @@ def test_an_angle_near_the_end_of_its_period(kind):
     assert rn.diagnose(guide).log_evidence == pytest.approx(exact, abs=0.02)
     loaded = rn.AutoRealNVP(model, num_couplings=4).build()
     loaded.load_state_dict(guide.state_dict())
-    for one in (guide, loaded.double(), copy.deepcopy(guide)):
+    for one in (guide, loaded.double(), copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
         draws = one.sample(4000)["a"]
         assert ((draws >= prior.support.lower_bound) if kind == "phases" else draws.abs() <= math.pi).all()
         for f in (torch.sin, torch.cos):
@@ -312,6 +312,74 @@ def test_a_start_where_the_circle_is_cut_open():
 
     guide = fitted(model, num_steps=50, init_loc_fn=init_to_mean)
     assert rn.diagnose(guide).log_evidence == pytest.approx(-math.log(2 * math.pi), abs=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3e-4, 1e-5])
+@pytest.mark.parametrize("distance", [0, 2, 5])
+def test_a_narrow_angle_at_the_end_of_its_period(scale, distance):
+    """The density at both ends, some of its widths apart, was not that of a circle: a log evidence -3.8 too low."""
+    end = torch.tensor(math.pi, dtype=torch.float64)
+
+    def model():
+        a = pyro.sample("a", dist.Uniform(-end, end))
+        pyro.factor("x", (torch.cos(a - end + distance * scale) - 1) / scale**2)
+
+    exact = math.log(scale / math.sqrt(2 * math.pi))
+    assert rn.diagnose(fitted(model, num_steps=40)).log_evidence == pytest.approx(exact, abs=0.01)
+
+
+def test_quantiles_of_an_angle_go_round():
+    """The median was in a tail or, between two draws, opposite to all of them; and the 90 % were the whole circle."""
+    guide = fitted(lambda: pyro.sample("a", dist.VonMises(torch.tensor(math.pi), 100.0)), num_steps=60)
+    found = torch.stack([guide.median()["a"], *guide.quantiles([0.05, 0.95])["a"]])
+    assert (found.abs() <= math.pi).all()
+    torch.testing.assert_close(found % (2 * math.pi), math.pi + torch.tensor([0.0, -0.165, 0.165]), atol=0.03, rtol=0)
+
+
+def test_an_angle_beside_a_number():
+    """The longitude of a site that has a latitude, too, was not seen as an angle."""
+    width = torch.tensor([math.pi, math.pi / 2])
+
+    def model():
+        place = pyro.sample("place", dist.Uniform(-width, width).to_event(1))
+        pyro.sample("x", dist.VonMises(place[0], 10.0), obs=torch.tensor(3.1))
+        pyro.sample("y", dist.Normal(place[1], 0.1), obs=torch.tensor(0.3))
+
+    guide = fitted(model, num_steps=100)
+    exact = -math.log(2 * math.pi) - math.log(math.pi)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(exact, abs=0.01)
+    assert guide.median()["place"][1] == pytest.approx(0.3, abs=0.03)
+
+
+def test_an_angle_that_is_folded_does_not_go_round():
+    """Both ends of half a circle were taken for one point, and the start put on it, where the density had a jump."""
+
+    def model():
+        a = pyro.sample("a", dist.FoldedDistribution(dist.VonMises(0.0, 0.001)))
+        pyro.factor("x", 1.5 * torch.cos(2 * a))
+
+    guide = fitted(model, num_steps=150)
+    assert rn.diagnose(guide).log_evidence == pytest.approx(0.499, abs=0.01)
+    assert not guide.turn.any()
+
+
+def test_ends_of_a_period_that_only_happen_to_be_alike():
+    """The square of a uniform number. A start where the ends are joined, at a kink, would be refused."""
+
+    def model():
+        a = pyro.sample("a", dist.Uniform(-math.pi, math.pi))
+        pyro.sample("y", dist.Normal(a**2, 0.5), obs=torch.tensor(9.6))
+
+    a = torch.linspace(-math.pi, math.pi, 200_001, dtype=torch.float64)
+    log_p = dist.Normal(a**2, 0.5).log_prob(torch.tensor(9.6)) - math.log(2 * math.pi)
+    exact = torch.trapezoid(log_p.exp(), a).log().item()
+    assert rn.diagnose(fitted(model, num_steps=300)).log_evidence == pytest.approx(exact, abs=0.03)
+
+
+def test_a_turn_is_no_dynamic_support():
+    """The model was run again at each draw, and a guide from a file could not draw without its model."""
+    guide = fitted(lambda: pyro.sample("a", dist.VonMises(3.0, 4.0)), num_steps=10)
+    assert guide.turn.any() and not guide._has_dynamic_supports
 
 
 def test_a_number_between_bounds_is_no_angle():
