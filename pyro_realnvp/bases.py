@@ -107,13 +107,18 @@ class _Entries(dist.Independent):
     def log_prob(self, value: Tensor) -> Tensor:
         entries, event_dim = self.base_dist, self.reinterpreted_batch_ndims
         support = circle_of(entries) or of_entries(entries.support)
-        if support is constraints.real or support.is_discrete:
+        if support is constraints.real:
             return sum_events(entries.log_prob(value), event_dim)
         inside = support.check(value)
         # Any point of the support stands in for the others, whose formula and gradient may be nan.
         value = torch.where(inside, value, transform_to(support)(torch.zeros_like(value)))
         inside = sum_events(~inside, len(entries.event_shape)) == 0
         return sum_events(torch.where(inside, entries.log_prob(value), -torch.inf), event_dim)
+
+
+def one_period(base: dist.Distribution) -> dist.Distribution:
+    """A base whose angles have a density in one period only, as that of a :class:`Base`."""
+    return base if isinstance(base, _Entries) or circle_of(base) is None else _Entries(base, 0, validate_args=False)
 
 
 class MixtureBase(nn.Module):
@@ -314,5 +319,6 @@ class NormalMixture(dist.MixtureSameFamily):
         return super().sample(sample_shape) if shape.numel() else self.component_distribution.loc.new_zeros(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        return super().log_prob(value) if shape.numel() else value.new_zeros(shape)
+        if 0 in value.shape[:-1] or 0 in self.batch_shape:
+            return value.new_zeros(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+        return super().log_prob(value)

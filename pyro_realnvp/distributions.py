@@ -2,6 +2,7 @@
 """Distributions that a base and a bijection define."""
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.nn.utils import stateless
 
-from .bases import Base, MixtureBase
+from .bases import Base, MixtureBase, one_period
 from .bijections.bijection import Bijection
 from .bijections.compose import Compose
 from .bijections.inputs import check_context, check_tensor
@@ -296,11 +297,15 @@ class Flow(nn.Module):
             bijection = bijection.condition(for_inner_axes(context, extra_dims))
         if isinstance(self.base, MixtureBase):
             return FlowDistribution(self.base(base_context, temperature=temperature), [bijection])
-        base = self.base()
+        base = one_period(self.base())
         if temperature != 1.0:
-            if not base.mean.isfinite().all():
+            try:
+                mean = base.mean
+            except NotImplementedError:  # which torch raises without a message
+                mean = torch.tensor(math.nan)
+            if not mean.isfinite().all():
                 raise ValueError("expected a base with a mean, about which temperature scales it: use temperature=1")
-            scale = dist.transforms.AffineTransform((1 - temperature) * base.mean, temperature)
+            scale = dist.transforms.AffineTransform((1 - temperature) * mean, temperature)
             check_domain(self.bijection.domain, base, temperature)
             base = FlowDistribution(base, [Compose([scale])], validate_args=False)
         return FlowDistribution(base, [bijection])

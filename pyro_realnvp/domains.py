@@ -15,7 +15,12 @@ _NUM_DRAWS = 256
 def check_domain(
     domain: constraints.Constraint, base: "dist.Distribution | MixtureBase", temperature: float = 1.0
 ) -> None:
-    """Raises an error if a base, scaled about its mean, draws values beyond the domain of a bijection."""
+    """Raises an error if a base is discrete or, scaled about its mean, has values beyond the domain of a bijection."""
+    if not isinstance(base, MixtureBase) and base.support.is_discrete:
+        raise ValueError(
+            f"expected a base of real numbers; got {type(plain(base)).__name__}, whose probabilities are no density: "
+            "for integer pixels take a DequantizedFlow"
+        )
     if not is_limited(domain):
         return
     support = of_entries(constraints.real if isinstance(base, MixtureBase) else base.support)

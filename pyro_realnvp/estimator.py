@@ -129,6 +129,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 support or too few rows, the context or the weights do not have a row for each row of X, weights are
                 negative or all zero, or the support does not fit the columns.
 
+            KeyboardInterrupt: the training was interrupted. The estimator keeps the best flow until then.
+
         Warns:
             RuntimeWarning: Training steps were skipped because they were not finite; a few rows are so far from all
                 others that they do not count in the scales of the columns; or the density has no bound, because
@@ -180,8 +182,10 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 num_couplings=self.num_couplings,
                 hidden_dims=self.hidden_dims,
             )
-        start = mixture_start(flows) if num_held_out else None
-        histories = []
+        # With a context, the start is no rival, since it says the same of all contexts.
+        start = mixture_start(flows) if num_held_out and context is None else None
+        histories: list[History] = []
+        options = {name: getattr(self, name) for name in ("num_steps", "lr", "weight_decay", "patience", "compile")}
         with for_an_estimator(held_out):  # a flow starts as a normal or a mixture, which few rows may not improve
             for flow in flows:
                 history = fit(
@@ -191,18 +195,16 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                     weights=weights,
                     validation=tuple(apart) if num_held_out else 0,
                     augment=fading_noise(flow, self.columns_, x, context, weights, self.noise, self.num_steps, noise),
-                    num_steps=self.num_steps,
                     batch_size=min(self.batch_size, len(x)),
-                    lr=self.lr,
-                    weight_decay=self.weight_decay,
-                    patience=self.patience,
                     seed=seeds[1],
-                    compile=self.compile,
                     standardize=False,  # the flow standardizes all columns already
                     progress=bool(self.verbose),
+                    **options,
                 )
                 histories.append(history)
-        best = min(range(len(flows)), key=lambda k: histories[k].best_loss)
+                if history.stopped == "interrupted":
+                    break
+        best = min(range(len(histories)), key=lambda k: histories[k].best_loss)
         if start is not None and not is_better(flows[best], start, *apart):
             # The held-out rows do not show that training improves the mixture, which all rows may therefore determine.
             best, flows[-1] = -1, start
@@ -210,6 +212,8 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 refit(start, train, apart, num_components=self.num_components, seed=seeds[0])
         self.flow_: Flow = flows[best].eval()
         self.history_: History = histories[best]
+        if histories[-1].stopped == "interrupted":  # what has been trained is kept, but is not what was asked for
+            raise KeyboardInterrupt
         return self
 
     def score_samples(self, X: ArrayLike, *, context: ArrayLike | None = None) -> np.ndarray:
@@ -269,8 +273,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
         """
         check_is_fitted(self)
         context = self._standard_context(context)
-        if n_samples is None:
-            n_samples = 1 if context is None else len(context)
+        n_samples = (1 if context is None else len(context)) if n_samples is None else n_samples
         if not isinstance(n_samples, (int, np.integer)) or n_samples < 1:
             raise ValueError(f"expected a whole number n_samples >= 1; got {n_samples!r}")
         if context is not None:

@@ -54,9 +54,13 @@ def warn_of_ties(X: np.ndarray, columns: Columns) -> None:
     rounding = np.finfo(X.dtype).eps * (1 + np.abs(standard.mean(0)) / std)
     least = np.maximum(_LEAST_DEVIATION, ROUNDINGS * rounding)
     standard = (standard - standard.mean(0)) / std
-    copied = set()
+    # Copies have the same mean with any weights, by which hardly any other columns have to be compared.
+    weights = np.random.default_rng(0).standard_normal(len(X)) / len(X)
+    means, copied = weights @ standard, set()
     for k in np.flatnonzero(is_real & standard.any(0)):
-        differences = {j: np.abs(standard[:, j] - standard[:, k]).max() for j in np.flatnonzero(is_real[:k])}
+        is_near = np.abs(means[:k] - means[k]) <= (least[:k] + least[k]) * np.abs(weights).sum()
+        near = np.flatnonzero(is_real[:k] & is_near)
+        differences = {j: np.abs(standard[:, j] - standard[:, k]).max() for j in near}
         same = [int(j) for j in differences if differences[j] <= least[j] + least[k]]
         if same:
             copied.add(k)

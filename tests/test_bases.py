@@ -240,6 +240,19 @@ def test_a_context_that_chooses_the_piece():
             lambda: rn.Base(dist.Uniform, low=torch.zeros(2), high=torch.ones(2), learnable=True),
             "the parameters of Uniform constrain each other",
         ),
+        "counts": (
+            lambda: rn.Flow(small(2), base=rn.Base(dist.Poisson, rate=torch.ones(2))),
+            "expected a base of real numbers; got Poisson",
+        ),
+        "counts without a Base": (
+            lambda: rn.Flow(small(2), base=lambda: dist.Bernoulli(torch.full((2,), 0.5)).to_event(1)),
+            "got Bernoulli, whose probabilities are no density",
+        ),
+        "temperature of a flow": (lambda: rn.Flow(small(2), base=rn.Flow(small(2)))(temperature=0.5), "with a mean"),
+        "temperature of a Cauchy": (
+            lambda: rn.Flow(small(2), base=lambda: dist.Cauchy(torch.zeros(2), 1.0).to_event(1))(temperature=0.5),
+            "with a mean",
+        ),
         "full": (
             lambda: rn.MixtureBase(2, num_components=3, full=False).start_at(*three_normals()),
             "diagonal if the base has full=False",
@@ -264,11 +277,19 @@ def test_a_bounded_base_has_no_density_beyond_its_support():
         assert all(p.grad.isfinite().all() for p in flow.parameters())
 
 
-def test_angles_as_a_base_fill_one_period():
+@pytest.mark.parametrize(
+    "base",
+    [
+        rn.Base(dist.VonMises, loc=torch.zeros(1), concentration=torch.ones(1)),
+        lambda: dist.VonMises(torch.zeros(1), 1.0).to_event(1),
+    ],
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_angles_as_a_base_fill_one_period(base, temperature):
     """Torch's density of angles repeats itself on the real line, so its integral grew with the range."""
-    flow = rn.Flow(rn.Standardize(1).inv, base=rn.Base(dist.VonMises, loc=torch.zeros(1), concentration=torch.ones(1)))
+    flow = rn.Flow(rn.Standardize(1).inv, base=base)
     x = torch.linspace(-30, 30, 60_001)[:, None]
-    assert flow().log_prob(x).exp().sum() * 1e-3 == pytest.approx(1, abs=1e-3)
+    assert flow(temperature=temperature).log_prob(x).exp().sum() * 1e-3 == pytest.approx(1, abs=1e-3)
 
 
 def test_a_tensor_as_temperature():
@@ -285,6 +306,20 @@ def test_an_empty_batch_of_a_mixture():
     )(torch.zeros(0, 1))
     assert conditional.sample((5,)).shape == (5, 0, 2)
     assert conditional.log_prob(torch.zeros(5, 0, 2)).shape == (5, 0)
+
+
+def test_a_mixture_is_exported_with_batches_of_any_size():
+    class Score(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = rn.MixtureBase(3, num_components=2)
+
+        def forward(self, x):
+            return self.base().log_prob(x)
+
+    score, x = Score(), torch.randn(7, 3)
+    program = torch.export.export(score, (x[:4],), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    torch.testing.assert_close(program.module()(x), score(x))
 
 
 def test_rows_in_turn_are_seen_alike():

@@ -586,3 +586,43 @@ def test_a_refit_forgets_the_context():
     density = small().fit(X, context=X**2)
     density.fit(X)
     assert density.n_context_in_ == 0 and not hasattr(density, "context_scaler_")
+
+
+def test_clusters_of_which_the_context_says_little():
+    """The mixture from which the flow starts reads no context; it was kept, as if the context said nothing."""
+    rng = np.random.default_rng(1)
+
+    def draw(num):
+        c, which = rng.normal(size=(num, 1)), rng.choice([-6, 6], num)
+        x = which + 0.7 * c[:, 0] + rng.normal(size=num)
+        pieces = [stats.norm.logpdf(x, piece + 0.7 * c[:, 0]) for piece in (-6, 6)]
+        y = rng.normal(size=num)
+        return np.stack([x, y], 1), c, np.logaddexp(*pieces) - np.log(2) + stats.norm.logpdf(y)
+
+    X, c, _ = draw(400)
+    density = rn.RealNVPDensity(num_steps=250, num_couplings=4, random_state=1).fit(X, context=c)
+    X, c, log_p = draw(2000)
+    assert (log_p - density.score_samples(X, context=c)).mean() < 0.1  # and 0.2 without the context
+
+
+@pytest.mark.parametrize("after", [30, 60])
+def test_an_interrupt_reaches_the_caller_and_loses_nothing(monkeypatch, after):
+    """A search went on, and compared a training that was cut off with others."""
+    X = np.concatenate([RNG.normal(-4, 1, (100, 2)), RNG.normal(4, 1, (100, 2))])
+    steps = 0
+
+    def noise(*_):
+        def interrupt(x):
+            nonlocal steps
+            steps += 1
+            if steps > after:
+                raise KeyboardInterrupt
+            return x
+
+        return interrupt
+
+    monkeypatch.setattr("pyro_realnvp.estimator.fading_noise", noise)
+    density = small(num_steps=40)
+    with pytest.raises(KeyboardInterrupt):
+        density.fit(X)
+    assert steps == after + 1 and np.isfinite(density.score(X))

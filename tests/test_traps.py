@@ -77,6 +77,26 @@ def test_scoring_after_an_edit_is_not_stale():
     assert not torch.equal(d.log_prob(x), before)
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_what_a_bijection_returns_may_be_written_into(with_gradients):
+    """The memory gave out its own log-determinant, and the very tensor that a user had once passed."""
+    f = perturb(small(2))
+    x = torch.randn(5, 2)
+    expected = f.log_abs_det_jacobian(x, f.forward_and_ladj(x)[0]).clone()
+    with torch.set_grad_enabled(with_gradients):
+        y = f(x)
+        ladj, back = f.log_abs_det_jacobian(x, y), f.inv(y)
+    before = x.clone()
+    with torch.no_grad():
+        ladj += 10
+        back += 5
+    assert torch.equal(x, before)
+    with torch.set_grad_enabled(with_gradients):
+        torch.testing.assert_close(f.log_abs_det_jacobian(x, y), expected)
+        torch.testing.assert_close(f.inv.log_abs_det_jacobian(y, x), -expected)
+        torch.testing.assert_close(f.inv(y), x)
+
+
 @pytest.mark.parametrize(
     "optimizer", [partial(torch.optim.Adam, fused=True), torch.optim.SGD], ids=["fused Adam", "SGD"]
 )

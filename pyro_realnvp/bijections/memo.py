@@ -72,7 +72,7 @@ class Memo:
             # The graph of the remembered log-determinant may hold the output, which then would live as long as the
             # memory. The caller gets a view instead, which shares the values and which no graph holds.
             output = output.view_as(output)
-        marks = reads.marks(input, output)
+        marks = reads.marks(input, output, ladj)
         if marks is None:
             return output
         this = weakref.ref(self)
@@ -89,9 +89,12 @@ class Memo:
     def back(self, bijection: nn.Module, output: Tensor, *, forward: bool) -> tuple[Tensor, Tensor] | None:
         """Returns (input, ladj of the way back) if `output` is the last output of the opposite direction, else None."""
         last = self._last
-        if last is not None and last.forward is not forward and self._is_fresh(last, bijection, last.input, output):
-            return last.input, -last.ladj
-        return None
+        if last is None or last.forward is forward or not self._is_fresh(last, bijection, last.input, output):
+            return None
+        # The caller may write into what he gets, which must not change the tensor that he once passed.
+        input = last.input.clone()
+        self._last = last._replace(input=input, marks=last.reads.marks(input, output, last.ladj))
+        return input, -last.ladj
 
     def ladj(self, bijection: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """Returns log|det dy/dx| if (x, y) is the remembered pair, else None."""
@@ -109,7 +112,7 @@ class Memo:
             reads = self._reads = _Reads(bijection)
             if not reads.same(last.reads):
                 return False
-        return reads.marks(input, output) == last.marks
+        return reads.marks(input, output, last.ladj) == last.marks
 
 
 class _Reads:

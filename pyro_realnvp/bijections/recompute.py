@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 Evaluate = Callable[[Any, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
 """Evaluates a step of a composition, given the step, its input, the context and whether forward."""
@@ -52,8 +51,12 @@ class _FromOutput(torch.autograd.Function):
         return x, total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # torch's `once_differentiable` lets torch.autograd.grad return zeros
+            raise RuntimeError(
+                "Compose(checkpoint='inverse') has no second derivatives, for which create_graph=True asks: take "
+                "checkpoint=True or False"
+            )
         (evaluate, steps, forward), (y, context, *parameters) = ctx.call, ctx.saved_tensors
         now = _trained(*(step.part for step in steps))
         if [p.data_ptr() for p in now] != [p.data_ptr() for p in parameters]:

@@ -17,8 +17,8 @@ from ..bijections.bijection import Bijection
 from ..bijections.compose import Compose
 from ..distributions import FlowDistribution
 from .agreement import check_finite
-from .base import GuideBase, are_same, give_to_a_site, quantiles_of
-from .circles import cut_open, find_turns, with_turns
+from .base import GuideBase, are_same, give_to_a_site
+from .circles import find_turns, quantiles_around, with_turns
 from .coordinates import FromRelative
 from .density import LogDensity
 from .dynamic import are_dynamic, are_dynamic_far_away
@@ -288,8 +288,7 @@ class AllLatents(GuideBase, AutoContinuous):
 
         Those of an angle that the guide has turned go round from where its circle is cut.
         """
-        where = self.sites, self.prototype_trace.nodes
-        return cut_open(quantiles_of(cut_open(self.sample(num_samples), *where), quantiles), *where, back=True)
+        return quantiles_around(self.sample(num_samples), quantiles, self.sites, self.prototype_trace.nodes)
 
 
 def _sizes(sites: dict[str, Site]) -> dict[str, int]:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the circle of an angle is cut open, so that a posterior is in one piece."""
 
+from collections.abc import Sequence
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..supports import angles, period_of, turned
+from .base import quantiles_of
 from .density import LogDensity
 from .sites import Site
 
@@ -82,13 +85,17 @@ def _each(density: LogDensity, points: dict[str, Tensor]) -> Tensor:
         return one_by_one(points)
 
 
-def cut_open(
-    draws: dict[str, Tensor], sites: dict[str, Site], nodes: dict[str, dict], *, back: bool = False
+def quantiles_around(
+    draws: dict[str, Tensor], quantiles: Sequence[float], sites: dict[str, Site], nodes: dict[str, dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """Draws, or quantiles, in which the angles that are turned go from the cut of their circle to the cut, and not from
-    one end of their period to the other; or `back` from there."""
-    turns = {name: site.turn if back else -site.turn for name, site in sites.items() if site.turn is not None}
-    return draws | {name: turned(nodes[name]["fn"], draws[name], turn) for name, turn in turns.items()}
+    """Quantiles of draws. An angle that is turned goes from the cut of its circle to the cut, and not from one end of
+    its period to the other."""
+    turns = {name: site.turn for name, site in sites.items() if site.turn is not None}
+
+    def turn(values: dict[str, Tensor], sign: int) -> dict[str, Tensor]:
+        return values | {name: turned(nodes[name]["fn"], values[name], sign * turn) for name, turn in turns.items()}
+
+    return turn(quantiles_of(turn(draws, -1), quantiles), 1)
 
 
 def with_turns(sites: dict[str, Site], names: list[str], turns: Tensor) -> dict[str, Site]:

@@ -28,7 +28,8 @@ class FromRelative(Bijection):
 
     def _map(self, function, points: Tensor) -> tuple[Tensor, Tensor]:
         rows, density = points.reshape(-1, points.shape[-1]), self.density
-        (results,) = map_over(function, rows, density.is_mapped, density.own_tensors)
+        is_mapped = density.is_mapped and not torch.jit.is_tracing()  # which knows nothing of mapped tensors
+        (results,) = map_over(function, rows, is_mapped, density.own_tensors)
         return results["point"].reshape(points.shape), results["ladj"].reshape(points.shape[:-1])
 
     def _forward_one(self, point: Tensor) -> tuple[dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from .base import GuideBase
 from .density import LogDensity, Pass
 from .mapping import Point, bytes_per_draw, map_over, reason, warn_that_it_is_slow
 from .sites import Rows
+from .traces import drop_observed
 
 
 class Particles:
@@ -210,6 +211,7 @@ class TracedParticles(Particles):
         density = self.density
         with poutine.block(), pyro.validation_enabled(False), Rows(rows):
             trace = poutine.trace(guide).get_trace(*density.args, **density.kwargs)
+            drop_observed(trace, guide, density.trace.nodes)
             trace.compute_log_prob()
         return trace
 

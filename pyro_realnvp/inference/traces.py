@@ -2,15 +2,17 @@
 """A model and its guide, run side by side: their sites and their parameters."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -28,6 +30,8 @@ def model_of(guide: Callable, model: Callable | None) -> Callable:
         return model
     if isinstance(guide, GuideBase):
         return guide.plain_model
+    if isinstance(guide, (GuideMessenger, EasyGuide)):
+        return guide.model
     if not isinstance(guide, AutoGuide):
         raise ValueError(f"the guide {guide!r} was not made from a model: pass model=")
     if guide._model is None:
@@ -118,6 +122,14 @@ def _traces(model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dic
             if not attempts_left:
                 raise
     return guide_trace, model_trace
+
+
+def drop_observed(trace: Trace, guide: Callable, observed: Mapping[str, dict[str, Any]]) -> None:
+    """Removes from the trace of a guide what the model observes: one of Pyro's kinds of guides runs the model."""
+    if isinstance(poutine.unwrap(guide), GuideMessenger):
+        for name, site in observed.items():
+            if name in trace and site["type"] == "sample" and site["is_observed"]:
+                trace.remove_node(name)
 
 
 def learned_parameters(

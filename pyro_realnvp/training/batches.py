@@ -136,8 +136,8 @@ def prepare(
 
 
 def _are_rows(x) -> bool:
-    """Whether x is read as rows, not as batches. Lists, dicts and strings are, so that :class:`Rows` refuses them."""
-    known = isinstance(x, (Tensor, list, tuple, dict, str)) or hasattr(x, "__array__")
+    """Whether x is read as rows, not as batches. Some are that :class:`Rows` refuses, as lists and sparse matrices."""
+    known = isinstance(x, (Tensor, list, tuple, dict, str)) or hasattr(x, "__array__") or hasattr(x, "toarray")
     return known or not isinstance(x, Iterable)
 
 

@@ -158,7 +158,7 @@ def fit(
         patience=patience,
     )
     if callable(callbacks):
-        raise TypeError(f"expected a sequence of callbacks; got one: pass callbacks=[{callbacks.__name__}]")
+        raise TypeError(f"expected a sequence of callbacks; got one: pass callbacks=[{callbacks}]")
     parameters = [p for p in flow.parameters() if p.requires_grad]
     if not torch.is_grad_enabled():
         raise RuntimeError("fit needs gradients, which are disabled here: call it outside of torch.no_grad()")

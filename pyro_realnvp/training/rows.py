@@ -101,14 +101,14 @@ class Rows:
         first = self[torch.arange(1)].x.flatten()
         bad, varies, highest = Counter(), torch.zeros_like(first, dtype=torch.bool), 0
         for batch in self.in_order(torch.arange(len(self))):
-            varies |= differs(batch.x.flatten(1), first).any(0)
+            varies |= differs(batch.x.reshape(len(batch.x), -1), first).any(0)
             bad += Counter(bad_rows(batch, self.support))
             highest = highest if self.levels is None else max(highest, int(batch.x.long().max()))
         raise_bad_rows(bad, len(self))
         constant = (~varies).nonzero().squeeze(-1).tolist()
         # Integer levels may be constant, since dequantization adds noise to them.
         if constant and train and self.levels is None:
-            what, remedy = ("columns", "drop them") if self.columns.x.ndim == 2 else ("pixels", "use a DequantizedFlow")
+            what, remedy = ("columns", "drop them") if self.columns.x.ndim <= 2 else ("pixels", "use a DequantizedFlow")
             raise ValueError(f"{what} {constant[:10]} of x are constant and have no density: {remedy} or add noise")
         if self.levels is not None and highest <= 1 < self.levels - 1:
             warnings.warn(
@@ -126,7 +126,7 @@ class Rows:
             if dtype is None or not dtype.is_floating_point or torch.finfo(dtype).eps >= own.eps:
                 continue
             passes = self._passes(torch.arange(len(self)))
-            ranges = [self._read(values, some).flatten(1).aminmax(dim=0) for some in passes]
+            ranges = [self._read(values, some).reshape(len(some), -1).aminmax(dim=0) for some in passes]
             low = torch.stack([part.min for part in ranges]).amin(0)
             high = torch.stack([part.max for part in ranges]).amax(0)
             largest = torch.maximum(low.abs(), high.abs())
@@ -155,7 +155,7 @@ class Rows:
         """The rows with these numbers, as they are."""
         rows = self.counted[rows]
         if isinstance(values, np.ndarray):
-            return torch.from_numpy(values[rows.numpy()])
+            return torch.from_numpy(_as_torch_has_it(values[rows.numpy()]))
         return values[rows.to(values.device)]
 
     def mark(self) -> int:
@@ -180,7 +180,7 @@ def bad_rows(batch: Batch, support: constraints.Constraint | None) -> dict[str, 
     inside = None if support is None else strictly_inside(support, batch.x)
     if inside is not None:
         what = "expected rows inside the support of the flow; got {} rows of x on a bound or beyond, where the density "
-        bad[what + "is 0: move them inside, or give the flow a wider support"] = ~inside.flatten(1).all(1)
+        bad[what + "is 0: move them inside, or give the flow a wider support"] = ~inside.reshape(len(inside), -1).all(1)
     return {what: int(is_bad.sum()) for what, is_bad in bad.items()}
 
 
@@ -207,7 +207,8 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None, label
     is_array = isinstance(values, np.ndarray)
     if isinstance(values, np.ma.MaskedArray) or (not is_array and not isinstance(values, Tensor)):
         kind = "a tensor or an array of integer levels" if integer else "a tensor or a floating-point array"
-        remedy = f"{name}.to_numpy()" if hasattr(values, "to_numpy") else f"np.asarray({name}) or a DataLoader"
+        dense = next((way for way in ("to_numpy", "toarray") if hasattr(values, way)), None)
+        remedy = f"{name}.{dense}()" if dense else f"np.asarray({name}) or a DataLoader"
         raise TypeError(f"expected {name} to be {kind}; got {type(values).__name__}: pass {remedy}")
     is_floating = np.issubdtype(values.dtype, np.floating) if is_array else values.is_floating_point()
     if integer and (is_floating or (is_array and not np.issubdtype(values.dtype, np.integer) and values.dtype != bool)):
@@ -221,7 +222,7 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None, label
         if isinstance(values, np.memmap):
             return values
         # from_numpy shares memory, and takes only contiguous, writable arrays; np.require copies any other.
-        return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+        return torch.from_numpy(np.require(_as_torch_has_it(values), requirements=["C", "W"]))
     if values.layout != torch.strided:
         raise TypeError(f"expected a dense {name}; got one of {values.layout}: pass {name}.to_dense()")
     if values.requires_grad:
@@ -238,9 +239,15 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None, label
     return values
 
 
+def _as_torch_has_it(values: np.ndarray) -> np.ndarray:
+    """The array in the byte order of this machine, and in double precision if its own is one that torch lacks."""
+    return values.astype(np.float64 if values.dtype == np.longdouble else values.dtype.newbyteorder("="), copy=False)
+
+
 def _normalized(weights, num_rows: int) -> Tensor:
     """Checks the weights, and scales those that are positive to a mean of 1."""
-    weights = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights).detach().double().cpu()
+    weights = weights if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights, dtype=np.float64))
+    weights = weights.detach().double().cpu()
     if weights.shape != (num_rows,):
         raise ValueError(f"expected a weight for each of the {num_rows} rows of x; got shape {tuple(weights.shape)}")
     if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:

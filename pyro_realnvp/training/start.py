@@ -60,7 +60,7 @@ def _warn_of_fill_values(name: str, values: Tensor | None) -> None:
     extreme = (values - loc).abs() > _EXTREME * scale
     if extreme.any():
         warnings.warn(
-            f"{int(extreme.flatten(1).any(1).sum())} of {len(values)} rows of {name} hold values such as "
+            f"{int(extreme.reshape(len(values), -1).any(1).sum())} of {len(values)} rows of {name} hold values such as "
             f"{values[extreme][0].item():.4g}, far beyond all others: if these are fill values, drop the rows",
             RuntimeWarning,
             stacklevel=5,

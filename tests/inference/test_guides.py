@@ -11,8 +11,17 @@ import pytest
 import torch
 from helpers import YEAR, Y, count_evaluations, fitted, table, two_modes, uncentered
 from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
-from pyro.infer.autoguide import AutoContinuous, AutoGuideList, AutoNormal, init_to_value
+from pyro.infer.autoguide import (
+    AutoContinuous,
+    AutoGuideList,
+    AutoHierarchicalNormalMessenger,
+    AutoNormal,
+    AutoNormalMessenger,
+    AutoRegressiveMessenger,
+    init_to_value,
+)
 from torch import nn
 
 import pyro_realnvp as rn
@@ -423,3 +432,40 @@ def test_a_guide_of_ones_own():
     assert abs(history.best_loss) < 0.01 and abs(rn.diagnose(guide).log_evidence) < 0.01
     clone = copy.deepcopy(guide)
     assert torch.equal(clone.loc, guide.loc) and clone.loc is not guide.loc
+
+
+@pytest.mark.parametrize("make", [AutoNormalMessenger, AutoHierarchicalNormalMessenger, AutoRegressiveMessenger])
+@pytest.mark.parametrize("path_derivative", [False, True])
+def test_guides_of_pyro_that_run_the_model(make, path_derivative):
+    """Their traces hold the data, whose likelihood cancelled: the guide became the prior, with a log evidence of 0."""
+    y = torch.tensor([1.0, 2.0, 0.5, -0.4])
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 2.0))
+        pyro.deterministic("twice", 2 * z)
+        pyro.factor("factor", torch.tensor(0.5))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    pyro.clear_param_store()
+    guide = make(model)
+    rn.fit_guide(guide, y, num_steps=300, lr=0.03, path_derivative=path_derivative, progress=False, seed=0)
+    exact = dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + 4).log_prob(y).item() + 0.5
+    report = rn.diagnose(guide, y)
+    assert report.log_evidence == pytest.approx(exact, abs=0.01) and report.elbo == pytest.approx(exact, abs=0.02)
+
+
+def test_an_easy_guide_knows_its_model():
+    class Guide(EasyGuide):
+        def guide(self):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.8**0.5))
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 2.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    pyro.clear_param_store()
+    guide = Guide(model)
+    rn.fit_guide(guide, num_steps=300, lr=0.03, progress=False, seed=0)
+    exact = dist.Normal(0.0, 5**0.5).log_prob(torch.tensor(1.0)).item()
+    assert rn.diagnose(guide).log_evidence == pytest.approx(exact, abs=0.01)

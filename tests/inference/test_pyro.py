@@ -121,6 +121,27 @@ def test_a_jitted_elbo():
     assert not torch.equal(flow.bijection.parts[0].conditioner.last.bias, before)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_a_jitted_elbo_of_relative_latents():
+    """Torch cannot trace what is mapped."""
+    y = torch.tensor([1.0, -1.0, 2.0])
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        scale = pyro.sample("scale", dist.HalfNormal(5.0))
+        with pyro.plate("groups", 3):
+            theta = pyro.sample("theta", dist.Normal(mu, scale))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    guide = rn.AutoRealNVP(model, num_couplings=2)
+    options = {"num_particles": 500, "vectorize_particles": True, "max_plate_nesting": 1}
+    jitted, plain = (
+        SVI(model, guide, pyro.optim.Adam({"lr": 0.0}), elbo(**options)) for elbo in (JitTrace_ELBO, Trace_ELBO)
+    )
+    assert jitted.step(y) == pytest.approx(plain.step(y), abs=0.2)
+    assert guide.relative
+
+
 def test_a_float64_model():
     def double_model():
         z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from helpers import fit, make_flow, points, table
 from torch.utils.data import DataLoader, IterableDataset
@@ -75,6 +76,19 @@ def test_read_only_and_reversed_arrays():
     x.flags.writeable = False
     assert run(x)[1].loss == run(X)[1].loss
     assert run(x[::-1])[1].loss == run(X.flip(0))[1].loss
+
+
+def test_arrays_whose_dtype_torch_does_not_have(tmp_path):
+    """Of the other byte order, as in files of astronomy; and of extended precision."""
+    x = X.numpy()
+    other = x.dtype.newbyteorder()
+    assert run(x.astype(other))[1].loss == run(memmap(tmp_path / "x.npy", x.astype(other)))[1].loss == run(X)[1].loss
+    assert run(x.astype(np.longdouble))[1].loss == run(X)[1].loss
+
+
+def test_sparse_matrices_are_refused():
+    with pytest.raises(TypeError, match=r"got csr_matrix: pass x.toarray\(\)"):
+        run(scipy.sparse.csr_matrix(X.numpy()))
 
 
 class Endless(IterableDataset):

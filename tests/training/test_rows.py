@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
+import pandas
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers import fit, make_flow, points, table
@@ -36,6 +38,24 @@ def test_the_scale_of_weights_does_not_matter_and_arrays_serve():
     assert first.loss == pytest.approx(second.loss)
     assert first.validation_loss == pytest.approx(second.validation_loss)
     assert run(X, weights=torch.full((400,), 7.0))[1].loss == pytest.approx(run(X)[1].loss)
+    series = pandas.Series(weights.numpy(), index=range(1, 401))
+    assert run(X, weights=series)[1].loss == run(X, weights=weights.tolist())[1].loss == pytest.approx(first.loss)
+
+
+def test_rows_of_one_number_each():
+    class Normal(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc, self.log_scale = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
+
+        def forward(self):
+            return dist.Normal(self.loc, self.log_scale.exp())
+
+    for convert in (lambda x: x, lambda x: x.double().numpy()):
+        normal, x = Normal(), 1 + 2 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+        rn.fit(normal, convert(x), num_steps=400, lr=0.05, validation=0, progress=False)
+        torch.testing.assert_close(normal().mean, x.mean(), atol=0.1, rtol=0)
+        torch.testing.assert_close(normal().stddev, x.std(), atol=0.1, rtol=0)
 
 
 @table(
