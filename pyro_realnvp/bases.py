@@ -116,9 +116,21 @@ class _Entries(dist.Independent):
         return sum_events(torch.where(inside, entries.log_prob(value), -torch.inf), event_dim)
 
 
-def one_period(base: dist.Distribution) -> dist.Distribution:
-    """A base whose angles have a density in one period only, as that of a :class:`Base`."""
-    return base if isinstance(base, _Entries) or circle_of(base) is None else _Entries(base, 0, validate_args=False)
+def within_support(base: dist.Distribution) -> dist.Distribution:
+    """A base whose entries have no density beyond their support, as that of a :class:`Base`."""
+    if isinstance(base, _Entries):
+        return base
+    support = entries_of(base)
+    is_bounded = support is not constraints.real and not support.event_dim
+    return _Entries(base, 0, validate_args=False) if is_bounded else base
+
+
+def entries_of(base: dist.Distribution) -> constraints.Constraint:
+    """The values of the entries of a base. One that does not say takes all real numbers."""
+    try:
+        return circle_of(base) or of_entries(base.support)
+    except NotImplementedError:
+        return constraints.real
 
 
 class MixtureBase(nn.Module):

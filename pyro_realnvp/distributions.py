@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.nn.utils import stateless
 
-from .bases import Base, MixtureBase, one_period
+from .bases import Base, MixtureBase, within_support
 from .bijections.bijection import Bijection
 from .bijections.compose import Compose
 from .bijections.inputs import check_context, check_tensor
@@ -49,7 +49,7 @@ class FlowDistribution(dist.TransformedDistribution):
         batch_shape = shape[: len(shape) - event_dim]
         if batch_shape != base_distribution.batch_shape:
             base_distribution = base_distribution.expand(batch_shape)
-        self.base_dist = base_distribution
+        self.base_dist = within_support(base_distribution)
         self.transforms = [transform]
         Distribution.__init__(self, batch_shape, shape[len(shape) - event_dim :], validate_args)
 
@@ -297,7 +297,7 @@ class Flow(nn.Module):
             bijection = bijection.condition(for_inner_axes(context, extra_dims))
         if isinstance(self.base, MixtureBase):
             return FlowDistribution(self.base(base_context, temperature=temperature), [bijection])
-        base = one_period(self.base())
+        base = self.base()
         if temperature != 1.0:
             try:
                 mean = base.mean

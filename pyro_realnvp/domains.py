@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from torch.distributions import constraints
 
-from .bases import MixtureBase
+from .bases import MixtureBase, entries_of
 from .bijections.shapes import Region, bounds, covers, is_limited, of_entries
 from .supports import plain
 
@@ -16,14 +16,14 @@ def check_domain(
     domain: constraints.Constraint, base: "dist.Distribution | MixtureBase", temperature: float = 1.0
 ) -> None:
     """Raises an error if a base is discrete or, scaled about its mean, has values beyond the domain of a bijection."""
-    if not isinstance(base, MixtureBase) and base.support.is_discrete:
+    support = constraints.real if isinstance(base, MixtureBase) else entries_of(base)
+    if support.is_discrete:
         raise ValueError(
             f"expected a base of real numbers; got {type(plain(base)).__name__}, whose probabilities are no density: "
             "for integer pixels take a DequantizedFlow"
         )
     if not is_limited(domain):
         return
-    support = of_entries(constraints.real if isinstance(base, MixtureBase) else base.support)
     if isinstance(base, MixtureBase):
         beyond = True
     elif isinstance(domain, Region) or _may_be_narrower(base):

@@ -268,6 +268,7 @@ def test_a_bounded_base_has_no_density_beyond_its_support():
     for make in (
         lambda: rn.Base(dist.Exponential, rate=torch.ones(2)),
         lambda: rn.Base(dist.Gamma, concentration=torch.full((2,), 2.0), rate=torch.ones(2)),
+        lambda: lambda: dist.Exponential(torch.ones(2)).to_event(1),  # whose formula goes on, or whose check fails
     ):
         flow = rn.Flow(perturb(rn.real_nvp(2)), base=make())
         y, outside = flow().sample((3,)), flow.bijection(torch.tensor([-5.0, 1.0]))
@@ -390,3 +391,27 @@ def test_too_few_rows_count():
     weights = torch.zeros(50).index_fill(0, torch.arange(3), 1.0)
     with pytest.raises(ValueError, match="expected 5 rows or more, of positive weight; got 3 of 50"):
         rn.MixtureBase(2, num_components=5).initialize(torch.randn(50, 2), weights)
+
+
+def test_a_base_that_does_not_say_its_support():
+    class Own(dist.TorchDistribution):
+        arg_constraints = {}
+        has_rsample = True
+
+        def __init__(self):
+            super().__init__(event_shape=(2,), validate_args=False)
+
+        def rsample(self, sample_shape=()):
+            return torch.randn(*sample_shape, 2)
+
+        def log_prob(self, value):
+            return dist.Normal(0.0, 1.0).log_prob(value).sum(-1)
+
+    flow, y = perturb(rn.real_nvp(2)), torch.randn(5, 2)
+    torch.testing.assert_close(rn.Flow(flow, base=Own)().log_prob(y), rn.Flow(flow)().log_prob(y))
+
+
+def test_a_flow_distribution_of_a_bounded_base():
+    d = rn.FlowDistribution(dist.Exponential(torch.ones(2)), [rn.real_nvp(2)])
+    assert d.log_prob(torch.tensor([[1.0, 1.0], [-1.0, 1.0]])).tolist() == [-2.0, -torch.inf]
+    assert d.expand((3,)).log_prob(torch.ones(3, 2)).tolist() == [-2.0] * 3 and d.expand((3,)).sample().shape == (3, 2)
