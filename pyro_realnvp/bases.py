@@ -57,7 +57,7 @@ class Base(nn.Module):
                 "by one: use learnable=False"
             )
         first = distribution(**parameters, validate_args=True)  # raises an error if the parameters are invalid
-        if of_entries(first.support).event_dim:
+        if entries_of(first).event_dim:
             raise ValueError(
                 f"expected a distribution of real numbers, or of numbers between bounds; got {distribution.__name__} "
                 f"with the support {first.support}, whose entries depend on each other: transform samples of it instead"
@@ -106,7 +106,7 @@ class _Entries(dist.Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         entries, event_dim = self.base_dist, self.reinterpreted_batch_ndims
-        support = circle_of(entries) or of_entries(entries.support)
+        support = entries_of(entries)
         if support is constraints.real:
             return sum_events(entries.log_prob(value), event_dim)
         inside = support.check(value)

@@ -60,8 +60,9 @@ class RealNVPClassifier(ClassifierMixin, BaseEstimator):
         if len(self.classes_) < 2:
             raise ValueError(f"expected two or more classes; got 1 class, {self.classes_[0]}: use RealNVPDensity")
         self.priors_: np.ndarray = self._priors(labels)
-        density: RealNVPDensity = RealNVPDensity() if self.density is None else clone(self.density)
-        self.density_: RealNVPDensity = density.fit(X, context=np.eye(len(self.classes_))[labels])
+        # Before it is fitted, so that an interrupt loses nothing.
+        self.density_: RealNVPDensity = RealNVPDensity() if self.density is None else clone(self.density)
+        self.density_.fit(X, context=np.eye(len(self.classes_))[labels])
         return self
 
     def predict_log_proba(self, X: ArrayLike) -> np.ndarray:

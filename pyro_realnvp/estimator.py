@@ -205,15 +205,15 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
                 if history.stopped == "interrupted":
                     break
         best = min(range(len(histories)), key=lambda k: histories[k].best_loss)
-        if start is not None and not is_better(flows[best], start, *apart):
-            # The held-out rows do not show that training improves the mixture, which all rows may therefore determine.
-            best, flows[-1] = -1, start
-            with _seeded(random, self.device):
-                refit(start, train, apart, num_components=self.num_components, seed=seeds[0])
         self.flow_: Flow = flows[best].eval()
         self.history_: History = histories[best]
         if histories[-1].stopped == "interrupted":  # what has been trained is kept, but is not what was asked for
             raise KeyboardInterrupt
+        if start is not None and not is_better(self.flow_, start, *apart):
+            # The held-out rows do not show that training improves the mixture, which all rows may therefore determine.
+            with _seeded(random, self.device):
+                refit(start, train, apart, num_components=self.num_components, seed=seeds[0])
+            self.flow_, self.history_ = start.eval(), histories[-1]
         return self
 
     def score_samples(self, X: ArrayLike, *, context: ArrayLike | None = None) -> np.ndarray:

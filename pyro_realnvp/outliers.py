@@ -51,12 +51,15 @@ class RealNVPOutlierDetector(OutlierMixin, BaseEstimator):
         """
         if not isinstance(self.contamination, numbers.Real) or not 0 < self.contamination <= 0.5:
             raise ValueError(f"expected contamination in (0, 0.5], a fraction of the rows; got {self.contamination!r}")
-        density: RealNVPDensity = RealNVPDensity() if self.density is None else clone(self.density)
-        self.density_: RealNVPDensity = density.fit(X)
-        scores = density.score_samples(X)
-        # Between -inf and a number, there is no quantile.
-        scores = np.maximum(scores, np.finfo(scores.dtype).min).astype(np.float64)
-        self.offset_: float = np.quantile(scores, self.contamination)
+        self.density_: RealNVPDensity = RealNVPDensity() if self.density is None else clone(self.density)
+        try:
+            self.density_.fit(X)
+        finally:
+            if hasattr(self.density_, "flow_"):  # an interrupt loses nothing
+                scores = self.density_.score_samples(X)
+                # Between -inf and a number, there is no quantile.
+                scores = np.maximum(scores, np.finfo(scores.dtype).min).astype(np.float64)
+                self.offset_: float = np.quantile(scores, self.contamination)
         return self
 
     @property

@@ -34,7 +34,7 @@ def circle_of(fn: td.Distribution) -> constraints.Constraint | None:
         is_centered = circle is not None and bool((torch.as_tensor(circle.lower_bound + circle.upper_bound) == 0).all())
         return constraints.interval(0.0, circle.upper_bound) if is_centered else None
     if isinstance(fn, td.TransformedDistribution):
-        return _image(circle_of(fn.base_dist), td.ComposeTransform(fn.transforms))
+        return _image(circle_of(fn.base_dist), td.ComposeTransform(fn.transforms), fn.base_dist.event_shape)
     return None
 
 
@@ -81,7 +81,9 @@ def turned(fn: td.Distribution, value: torch.Tensor, turn: torch.Tensor) -> torc
     return torch.where(turn.to(value.device) == 0, value, result)
 
 
-def _image(circle: constraints.Constraint | None, transform: td.Transform) -> constraints.Constraint | None:
+def _image(
+    circle: constraints.Constraint | None, transform: td.Transform, event_shape: torch.Size
+) -> constraints.Constraint | None:
     """What a monotone function of each entry makes of an interval."""
     if circle is None:
         return None
@@ -89,8 +91,10 @@ def _image(circle: constraints.Constraint | None, transform: td.Transform) -> co
         rises = torch.as_tensor(transform.sign) > 0
     except (NotImplementedError, AttributeError):
         return None
-    ends = circle.lower_bound, circle.upper_bound
-    first, last = (transform(torch.as_tensor(end, dtype=torch.get_default_dtype())) for end in ends)
+    ends = [torch.as_tensor(end, dtype=torch.get_default_dtype()) for end in (circle.lower_bound, circle.upper_bound)]
+    if transform.domain.event_dim:
+        ends = [end.expand(event_shape) for end in ends]
+    first, last = map(transform, ends)
     return constraints.interval(torch.where(rises, first, last), torch.where(rises, last, first))
 
 

@@ -415,3 +415,10 @@ def test_a_flow_distribution_of_a_bounded_base():
     d = rn.FlowDistribution(dist.Exponential(torch.ones(2)), [rn.real_nvp(2)])
     assert d.log_prob(torch.tensor([[1.0, 1.0], [-1.0, 1.0]])).tolist() == [-2.0, -torch.inf]
     assert d.expand((3,)).log_prob(torch.ones(3, 2)).tolist() == [-2.0] * 3 and d.expand((3,)).sample().shape == (3, 2)
+
+
+@pytest.mark.parametrize("transform", [rn.Standardize(2), rn.Spline(2), rn.Compose([rn.Standardize(2)])])
+def test_angles_behind_a_bijection(transform):
+    base = dist.TransformedDistribution(dist.VonMises(torch.zeros(2), 1.0).to_event(1), [transform])
+    y = base.sample((5,))
+    torch.testing.assert_close(rn.Flow(rn.Standardize(2), base=lambda: base)().log_prob(y), base.log_prob(y))

@@ -98,3 +98,27 @@ def test_probabilities_add_up_far_away():
     np.testing.assert_allclose(classifier.predict_proba([[1e6, 1e6], [1e9, 1e9], [-1e20, 0.0]]).sum(1), 1)
     classifier.fit(X.astype(np.float32), y)
     np.testing.assert_allclose(classifier.predict_proba(np.full((1, 2), -3.4e38, np.float32)), [classifier.priors_])
+
+
+@pytest.mark.parametrize("make", [small, lambda **options: rn.RealNVPOutlierDetector(small_density(**options))])
+def test_an_interrupt_loses_nothing(monkeypatch, make):
+    """The trained density was thrown away, or an earlier one combined with new classes."""
+
+    estimator = make(num_steps=20).fit(X, Y)
+    before = estimator.density_
+    steps = 0
+
+    def noise(*_):
+        def interrupt(x):
+            nonlocal steps
+            steps += 1
+            if steps > 10:
+                raise KeyboardInterrupt
+            return x
+
+        return interrupt
+
+    monkeypatch.setattr("pyro_realnvp.estimator.fading_noise", noise)
+    with pytest.raises(KeyboardInterrupt):
+        estimator.fit(X, np.where(Y == "a", "b", "a"))
+    assert estimator.density_ is not before and len(estimator.predict(X[:5])) == 5

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from helpers import perturb, small
+from helpers import count_evaluations, perturb, small
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
@@ -95,6 +95,38 @@ def test_what_a_bijection_returns_may_be_written_into(with_gradients):
         torch.testing.assert_close(f.log_abs_det_jacobian(x, y), expected)
         torch.testing.assert_close(f.inv.log_abs_det_jacobian(y, x), -expected)
         torch.testing.assert_close(f.inv(y), x)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda f, y: f.inv(y), lambda f, y: torch.func.grad(lambda t: (f.inv(y) * t).sum())(torch.ones(5, 2))]
+)
+def test_a_memory_that_was_read_in_another_mode_is_not_stale(read):
+    """A copy without a version counter, of the inference mode or of torch.func, seemed to be fresh for ever."""
+    f = perturb(small(2))
+    d = dist.TransformedDistribution(standard(2), [f])
+    with torch.no_grad():
+        y = d.sample((5,))
+    with torch.inference_mode():
+        read(f, y)
+    read(f, y)
+    with torch.no_grad():
+        for p in f.parameters():
+            p.add_(0.1)
+    torch.testing.assert_close(d.log_prob(y), d.log_prob(y.clone()))
+    assert d.log_prob(y).requires_grad
+
+
+def test_the_way_back_keeps_the_memory():
+    f, x = perturb(small(2)), torch.randn(5, 2)
+
+    def there_and_back():
+        y = f(x)
+        for _ in range(3):
+            back = f.inv(y)
+            f.log_abs_det_jacobian(back, y)
+            f.log_abs_det_jacobian(x, y)
+
+    assert count_evaluations(f, there_and_back) == {1}
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,10 @@ class _Evaluation(NamedTuple):
     forward: bool
     reads: "_Reads"
     marks: list
+    copy: weakref.ref | None = None
+    """The copy of the input with which the memory has last answered,"""
+    marks_of_copy: list | None = None
+    """and the state then."""
 
 
 class Memo:
@@ -92,9 +96,11 @@ class Memo:
         if last is None or last.forward is forward or not self._is_fresh(last, bijection, last.input, output):
             return None
         # The caller may write into what he gets, which must not change the tensor that he once passed.
-        input = last.input.clone()
-        self._last = last._replace(input=input, marks=last.reads.marks(input, output, last.ladj))
-        return input, -last.ladj
+        copy = last.input.clone()
+        marks = last.reads.marks(copy, output, last.ladj)
+        if marks is not None:
+            self._last = last._replace(copy=weakref.ref(copy), marks_of_copy=marks)
+        return copy, -last.ladj
 
     def ladj(self, bijection: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """Returns log|det dy/dx| if (x, y) is the remembered pair, else None."""
@@ -104,7 +110,8 @@ class Memo:
         return last.ladj if last.forward else -last.ladj
 
     def _is_fresh(self, last: _Evaluation, bijection: nn.Module, input: Tensor, output: Tensor) -> bool:
-        if not is_eager() or last.input is not input or last.output() is not output:
+        is_copy = last.copy is not None and last.copy() is input
+        if not is_eager() or not (last.input is input or is_copy) or last.output() is not output:
             return False
         reads = last.reads
         if not reads.is_current():
@@ -112,7 +119,7 @@ class Memo:
             reads = self._reads = _Reads(bijection)
             if not reads.same(last.reads):
                 return False
-        return reads.marks(input, output, last.ladj) == last.marks
+        return reads.marks(input, output, last.ladj) == (last.marks_of_copy if is_copy else last.marks)
 
 
 class _Reads:

@@ -54,8 +54,8 @@ class _FromOutput(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # torch's `once_differentiable` lets torch.autograd.grad return zeros
             raise RuntimeError(
-                "Compose(checkpoint='inverse') has no second derivatives, for which create_graph=True asks: take "
-                "checkpoint=True or False"
+                "create_graph=True asks for gradients that can be differentiated again, but Compose(checkpoint="
+                "'inverse') has no second derivatives: leave it out, or take checkpoint=True or False"
             )
         (evaluate, steps, forward), (y, context, *parameters) = ctx.call, ctx.saved_tensors
         now = _trained(*(step.part for step in steps))

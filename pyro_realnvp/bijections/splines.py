@@ -62,7 +62,7 @@ def rational_quadratic(
         b = height * slope0 - rise * bend
         discriminant = b.square() + 4 * (height * (mean - slope0) + rise * bend) * mean * rise
         xi = 2 * mean * rise / (b + discriminant.clamp(min=0).sqrt())
-        xi = xi.clamp(0, 1)  # rounding may lead out of a steep bin
+        xi = xi + (xi.clamp(0, 1) - xi).detach()  # rounding may lead out of a steep bin, but the gradient stays
     else:
         xi = (inner - x0) / width
     mixed = xi * (1 - xi)

@@ -286,9 +286,11 @@ class AllLatents(GuideBase, AutoContinuous):
     ) -> dict[str, Tensor]:
         """Quantiles of each latent, ``(len(quantiles),) + site shape``, estimated from draws.
 
-        Those of an angle that the guide has turned go round from where its circle is cut.
+        Those of an angle that the guide has turned go round from where its circle is cut, unless each draw has a
+        period of its own.
         """
-        return quantiles_around(self.sample(num_samples), quantiles, self.sites, self.prototype_trace.nodes)
+        draws, sites = self.sample(num_samples), {} if self._has_dynamic_supports else self.sites
+        return quantiles_around(draws, quantiles, sites, self.prototype_trace.nodes)
 
 
 def _sizes(sites: dict[str, Site]) -> dict[str, int]:

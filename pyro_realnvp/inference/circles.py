@@ -49,7 +49,7 @@ def find_turns(density: LogDensity) -> tuple[dict[str, Tensor], dict[str, Tensor
         ends = 2 * log_p[0] - log_p[1], 2 * log_p[-1] - log_p[-2]
         rounding = 32 * torch.finfo(log_p.dtype).eps * log_p[0].abs()
         is_circle = (ends[0] - ends[1]).abs() <= _TOLERANCE + rounding
-        is_circle = is_circle & angles(nodes[name]["fn"]).expand(value.shape).flatten()
+        is_circle = is_circle & angles(nodes[name]["fn"]).to(value.device).expand(value.shape).flatten()
         lowest, cut = log_p[3:-3].min(0)
         gains = is_circle & (ends[0] - lowest > _LEAST_GAIN)
         turns[name] = torch.where(gains, cuts.to(value)[cut], 0.0).reshape(value.shape)
