@@ -158,7 +158,8 @@ def fit(
         patience=patience,
     )
     if callable(callbacks):
-        raise TypeError(f"expected a sequence of callbacks; got one: pass callbacks=[{callbacks}]")
+        name = getattr(callbacks, "__name__", repr(callbacks))
+        raise TypeError(f"expected a sequence of callbacks; got one: pass callbacks=[{name}]")
     parameters = [p for p in flow.parameters() if p.requires_grad]
     if not torch.is_grad_enabled():
         raise RuntimeError("fit needs gradients, which are disabled here: call it outside of torch.no_grad()")
@@ -183,6 +184,7 @@ def fit(
     if distributed.are_many():
         objective = DistributedDataParallel(objective)
     training = Training([flow], parameters, options)
+    validate = None if held_out is None else HeldOutLoss(flow, held_out)
     if file:
         split = validation if isinstance(validation, (int, float)) else None
         settings = {
@@ -192,7 +194,8 @@ def fit(
             "frozen": [name for name, p in flow.named_parameters() if not p.requires_grad],
             "rows": [rows.mark() for rows in tables],
         }
-        file.connect(flow, asdict(options) | settings, training=training, batches=batches)
+        parts = {"training": training, "batches": batches} | ({} if validate is None else {"validation": validate})
+        file.connect(flow, asdict(options) | settings, **parts)
 
     bijections = [module for module in flow.modules() if isinstance(module, Bijection)]
 
@@ -212,7 +215,6 @@ def fit(
             refuse_unknown_parameters(loss, flow)
         return loss
 
-    validate = None if held_out is None else HeldOutLoss(flow, held_out)
     with _tensor_float(tf32):
         history = training.run(
             loss,
@@ -236,8 +238,8 @@ def _warn_of_the_end(history: History, validate: HeldOutLoss | None) -> None:
         extreme = validate.extreme if numbers is None else sorted(int(numbers[k]) for k in validate.extreme)
         warnings.warn(
             f"the held-out rows {extreme} are far from all others (their losses are not finite, or more than "
-            f"{EXTREME} interquartile ranges above the median), so they did not count in the choice of the best "
-            "weights: look at them, they may be fill values or outliers",
+            f"{EXTREME} interquartile ranges above the median), so they counted no more than that in the choice of "
+            "the best weights: look at them, they may be fill values or outliers",
             RuntimeWarning,
             stacklevel=3,
         )

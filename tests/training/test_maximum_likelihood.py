@@ -74,6 +74,30 @@ def test_many_extreme_rows_are_the_fault_of_the_flow(x):
     assert validate.extreme == []
 
 
+def test_weights_do_not_get_worse_where_an_extreme_row_comes_back():
+    """A row counted only after it had become likely enough. So weights that are worse at every row were the best."""
+
+    class Losses:
+        def __init__(self, *losses):
+            self.losses = list(losses)
+
+        def __call__(self):
+            return self
+
+        def log_prob(self, x):
+            return -self.losses.pop(0)
+
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+    good = torch.linspace(0.5, 2.5, 120, dtype=torch.float64)
+    bad = good + 0.1
+    good[-1], bad[-1] = 24.0, 400.0
+    validate = HeldOutLoss(Losses(bad, good, bad), [Batch(torch.zeros(120, 1), None)])
+    assert validate() > 1.1 * validate() and validate() > 1.1 * good.mean()
+    assert validate.extreme == [119]
+
+
 @pytest.mark.filterwarnings("ignore:the training has raised")
 def test_stops_early(x):
     history = run(make_flow(), x, validation=-x, patience=20, num_steps=500)
