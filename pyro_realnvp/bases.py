@@ -242,9 +242,9 @@ class MixtureBase(nn.Module):
         """Returns a mixture, initialized from x, with a number of components that suits a flow of such rows.
 
         A flow of many rows shapes each piece by itself, so there are as many normals as x has separate clusters
-        (:class:`sklearn.cluster.HDBSCAN`). From few rows a flow learns little more than what it starts from, so there
-        are as many as the Bayesian information criterion asks for. It also chooses between full covariances,
-        diagonal ones and, if all rows have the same weight, equal ones.
+        (:class:`sklearn.cluster.HDBSCAN`). From few rows a flow learns little more than what it starts from, and heavy
+        tails it does not learn from those of a normal, so there are as many as the Bayesian information criterion asks
+        for. It also chooses between full covariances, diagonal ones and, if all rows have the same weight, equal ones.
 
         Args:
             x, weights, seed: as in :meth:`initialize`.

@@ -18,7 +18,7 @@ from torch.quasirandom import SobolEngine
 ROUNDINGS = 4  # of rows, up to which a deviation is nothing else
 
 _PART_OF_DIRECTION = 0.05
-_NOISE_POINTS = 64
+_NOISE_POINTS = 64  # of one column of whole numbers, and up to four times as many of several
 _LEAST_NOISE = 1 / 64  # between two values of noise
 
 
@@ -133,7 +133,7 @@ def along(direction: np.ndarray) -> list[int]:
 
 
 def _columns(support, num_columns: int, names: Sequence[Any]) -> list[Column]:
-    columns = ["real"] * num_columns
+    columns, support = ["real"] * num_columns, _as_list(support)
     if isinstance(support, Mapping):
         for key, one in support.items():
             # Where labels are numbers themselves, a number that is none of them is no position either.
@@ -141,14 +141,18 @@ def _columns(support, num_columns: int, names: Sequence[Any]) -> list[Column]:
             column = list(names).index(key) if key in names else None if are_numbers else key
             if not isinstance(column, numbers.Integral) or not 0 <= column < num_columns:
                 raise ValueError(f"expected support to name columns of {list(names) or num_columns}; got {key!r}")
-            columns[column] = one
-    elif isinstance(support, str) or _is_pair(support) or _is_circle(support) or _is_whole(support):
+            columns[column] = _as_list(one)
+    elif not isinstance(support, (list, tuple)) or _is_pair(support) or _is_circle(support) or _is_whole(support):
         columns = [support] * num_columns
     elif len(support) == num_columns:
-        columns = list(support)
+        columns = [_as_list(one) for one in support]
     else:
         raise ValueError(f"expected a support for each of the {num_columns} columns; got {len(support)}")
     return [_column(one) for one in columns]
+
+
+def _as_list(values):
+    return values.tolist() if isinstance(values, np.ndarray) else values
 
 
 def _column(one) -> Column:
@@ -187,12 +191,12 @@ def _is_pair(support) -> bool:
 
 def _is_whole(support) -> bool:
     is_triple = isinstance(support, (tuple, list)) and len(support) == 3
-    return is_triple and support[0] == "integer" and _is_pair(support[1:])
+    return is_triple and isinstance(support[0], str) and support[0] == "integer" and _is_pair(support[1:])
 
 
 def _is_circle(support) -> bool:
-    is_pair = isinstance(support, (tuple, list)) and len(support) == 2 and support[0] == "circular"
-    return is_pair and isinstance(support[1], numbers.Real) and 0 < support[1] < math.inf
+    is_pair = isinstance(support, (tuple, list)) and len(support) == 2 and isinstance(support[0], str)
+    return is_pair and support[0] == "circular" and isinstance(support[1], numbers.Real) and 0 < support[1] < math.inf
 
 
 def _start(angles: np.ndarray, period: float) -> float:
@@ -215,7 +219,8 @@ def _lattice(dim: int) -> np.ndarray:
     """Points that fill the unit cube evenly, ``(K, dim)``: a scrambled sequence of Sobol, always the same."""
     if not dim:
         return np.zeros((1, 0))
-    return SobolEngine(dim, scramble=True, seed=0).draw(_NOISE_POINTS, dtype=torch.float64).numpy()
+    num = _NOISE_POINTS * 2 ** min(dim - 1, 2)
+    return SobolEngine(dim, scramble=True, seed=0).draw(num, dtype=torch.float64).numpy()
 
 
 def check_weights(sample_weight: ArrayLike, X: np.ndarray) -> np.ndarray:

@@ -225,7 +225,7 @@ class RealNVPDensity(DensityMixin, BaseEstimator):
 
         Returns:
             log p in nats, ``(n_samples,)``; -inf for rows outside of the support. In columns of whole numbers, p is a
-            probability, averaged over 64 values of the noise.
+            probability, averaged over 64 values of the noise, or up to 256 of several such columns.
 
         Raises:
             ValueError: The columns of X or of the context are not those of :meth:`fit`, or values are missing or

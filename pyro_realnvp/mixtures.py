@@ -16,7 +16,8 @@ _MANY_ROWS = 1000
 _MOST_COMPONENTS = 8
 _ROWS_PER_COMPONENT = 10  # with fewer, the criterion prefers normals that collapse to a few rows each
 _FILTERS = threading.Lock()  # warnings.catch_warnings changes the filters of all threads
-_MOST_CLUSTERED = 5000  # rows among which clusters are looked for
+_MOST_LOOKED_AT = 5000  # rows among which clusters, or a number of components, are looked for
+_HEAVY = 15.0  # the mean fourth power of a standardized column, 3 of a normal one, above which its tails are heavy
 _LEAST_CLUSTERED = 0.9
 
 
@@ -31,19 +32,26 @@ def choose_mixture(x: Tensor, weights: ArrayLike | None, seed: int) -> GaussianM
     rows, shares = _weighted_rows(x, weights, 2)
     units = _Units(rows, shares)
     rows = units.standardize(rows)
-    worth = _worth(shares)
-    if worth >= _MANY_ROWS:
+    if _makes_clusters(rows, shares):
         return units.restore(_fitted(rows, shares, _num_clusters(rows, shares), "full", seed))
-    most = min(_MOST_COMPONENTS, max(1, int(worth) // _ROWS_PER_COMPONENT))
+    some, parts = (rows, shares) if len(rows) <= _MOST_LOOKED_AT else _some(rows, shares)
+    most = min(_MOST_COMPONENTS, max(1, int(_worth(parts)) // _ROWS_PER_COMPONENT))
     # scikit-learn's equal covariances count all rows alike.
-    kinds = ("full", "tied", "diag") if np.ptp(shares) == 0 else ("full", "diag")
-    found = [_fitted(rows, shares, num, kind, seed) for num in range(1, most + 1) for kind in kinds]
-    return units.restore(min(found, key=lambda mixture: (mixture.has_collapsed(rows), mixture.bic(rows))))
+    kinds = ("full", "tied", "diag") if np.ptp(parts) == 0 else ("full", "diag")
+    found = [_fitted(some, parts, num, kind, seed) for num in range(1, most + 1) for kind in kinds]
+    best = min(found, key=lambda mixture: (mixture.has_collapsed(some), mixture.bic(some)))
+    return units.restore(best if some is rows else _fitted(rows, shares, best.n_components, best.covariance_type, seed))
 
 
-def are_many(x: Tensor, weights: ArrayLike | None) -> bool:
+def makes_clusters(x: Tensor, weights: ArrayLike | None) -> bool:
     """Whether a mixture of such rows has a normal for each cluster, instead of as many as an information criterion."""
-    return bool(_worth(_weighted_rows(x, weights, 2)[1]) >= _MANY_ROWS)
+    rows, shares = _weighted_rows(x, weights, 2)
+    return _makes_clusters(_Units(rows, shares).standardize(rows), shares)
+
+
+def _makes_clusters(rows: np.ndarray, shares: np.ndarray) -> bool:
+    """Whether rows are many and have no heavy tails, which a flow does not learn from those of a normal."""
+    return bool(_worth(shares) >= _MANY_ROWS and np.average(rows**4, axis=0, weights=shares).max() <= _HEAVY)
 
 
 def _weighted_rows(x: Tensor, weights: ArrayLike | None, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,10 +127,15 @@ def _fitted(rows: np.ndarray, shares: np.ndarray, num_components: int, kind: str
         return mixture.fit(rows, shares)
 
 
+def _some(rows: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, drawn by their shares, that count alike."""
+    # Every k-th row might be all of one kind. No row comes twice, since copies are close together.
+    num = min(round(_worth(shares)), _MOST_LOOKED_AT)
+    return rows[np.random.default_rng(0).choice(len(rows), num, replace=False, p=shares)], np.full(num, 1 / num)
+
+
 def _num_clusters(rows: np.ndarray, shares: np.ndarray) -> int:
     """The number of separate clusters, 1 if most rows belong to none."""
-    # Every k-th row might be all of one kind. No row comes twice, since copies are close together.
-    num = min(round(_worth(shares)), _MOST_CLUSTERED)
-    rows = rows[np.random.default_rng(0).choice(len(rows), num, replace=False, p=shares)]
+    rows, _ = _some(rows, shares)
     labels = HDBSCAN(min_cluster_size=max(10, len(rows) // 20), copy=True).fit_predict(rows)
     return max(1, int(labels.max()) + 1) if (labels >= 0).mean() > _LEAST_CLUSTERED else 1

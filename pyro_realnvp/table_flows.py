@@ -20,7 +20,7 @@ from .columns import ROUNDINGS, Columns, along
 from .distributions import Flow
 from .extremes import typical_weights
 from .flows import real_nvp, spline_flow
-from .mixtures import are_many
+from .mixtures import makes_clusters
 
 _NARROW = 1e-5  # variance along a direction of standardized rows, below which they are whitened
 _NARROW_GIVEN_CONTEXT = 1e-2
@@ -92,7 +92,7 @@ def refit(
     x, context, weights = (None if a is None else torch.cat([a, b]) for a, b in zip(train, apart))
     z = flow(context).transform(x)
     weights = typical_weights(z, weights)
-    if num_components == "auto" and are_many(train[0], train[2]) == are_many(x, weights):
+    if num_components == "auto" and makes_clusters(train[0], train[2]) == makes_clusters(x, weights):
         flow.base = MixtureBase.for_rows(z, weights, context_dim=flow.base.context_dim, seed=seed)
     else:
         flow.base.initialize(z, weights, seed=seed)

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from helpers import table
 from scipy import stats
 
@@ -193,3 +194,25 @@ def test_rows_in_a_plane_are_named(change, message):
     X = np.random.default_rng(0).normal(size=(200, 3))
     with pytest.warns(RuntimeWarning, match=message):
         quick(num_steps=2).fit(change(X))
+
+
+def test_flags_have_probabilities():
+    """64 values of the noise were too few for six columns: single probabilities were off by a quarter."""
+    rng = np.random.default_rng(0)
+    z = rng.integers(0, 2, 400)
+    flags = np.where(rng.random((400, 6)) < 0.95, z[:, None], 1 - z[:, None]).astype(float)
+    density = quick(num_couplings=16, num_steps=300, support=("integer", 0, 1)).fit(flags)
+    row = np.array([[0.0, 1, 0, 0, 0, 0]])
+    with torch.no_grad():
+        points = torch.as_tensor(row) + torch.rand(6000, 6, generator=torch.Generator().manual_seed(0)).double()
+        exact = density.flow_().log_prob(points).exp().mean().log().item()
+    assert density.score_samples(row)[0] == pytest.approx(exact, abs=0.12)
+
+
+def test_bounds_may_be_arrays():
+    X = np.random.default_rng(0).uniform(1, 99, (100, 2))
+    for support in ([np.array([0.0, 100.0]), "real"], {0: np.array([0.0, 100.0])}, np.array([[0.0, 100.0], [0, 99.5]])):
+        density = quick(num_steps=2, support=support).fit(X)
+        assert density.score_samples([[-1.0, 1.0]]) == -np.inf
+    with pytest.raises(ValueError, match="expected 'real', 'positive'.*got None"):
+        quick(support=None).fit(X)

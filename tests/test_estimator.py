@@ -626,3 +626,12 @@ def test_an_interrupt_reaches_the_caller_and_loses_nothing(monkeypatch, after):
     with pytest.raises(KeyboardInterrupt):
         density.fit(X)
     assert steps == after + 1 and np.isfinite(density.score(X))
+
+
+@pytest.mark.filterwarnings("ignore:the held-out rows")
+def test_heavy_tails_of_many_rows():
+    """From 1000 rows on, the flow started as one normal, whose tails it kept: 1.67 nats worse than with fewer rows."""
+    draws = stats.t(1.5)
+    X, test = draws.rvs((1200, 1), random_state=0), draws.rvs((5000, 1), random_state=1)
+    density = rn.RealNVPDensity(num_steps=300, random_state=0).fit(X)
+    assert draws.logpdf(test).mean() - density.score(test) < 0.15
