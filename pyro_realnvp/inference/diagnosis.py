@@ -2,6 +2,7 @@
 """How good a guide is, by importance sampling."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from .density import DEFAULT_MEMORY, LogDensity
 from .particles import particles_of
 from .sites import batch_mask, counts, unconstraining
 from .traces import check_argument_names, model_of, run, values_of
+
+_MOST_REPEATED = 0.01  # of the draws of a latent
 
 
 @dataclass
@@ -109,6 +112,9 @@ def diagnose(
             nan; the log-density of a draw depends on other draws or on random numbers that are no sites; an argument of
             the model has the name of an option of this function.
 
+    Warns:
+        RuntimeWarning: a latent has so few digits near a bound, or between bounds so far apart, that draws are equal.
+
     Example:
         >>> import pyro
         >>> import pyro.distributions as dist
@@ -140,10 +146,12 @@ def diagnose(
     draws = particles.values(points)
     if not isinstance(guide, GuideBase):
         _refuse_point_masses(draws, density, guide_trace)
+    _warn_of_rounding({n: draws[n] for n in density.latents if not density.trace.nodes[n]["fn"].support.is_discrete})
     weights = weights.double()
     if weights.isnan().any() or not weights.isfinite().any():
         raise ValueError(
-            f"{int((~weights.isfinite()).sum())} of {num_samples} log-densities are not finite: is the guide trained?"
+            f"{int((~weights.isfinite()).sum())} of {num_samples} log-densities are not finite: is the guide trained? "
+            "Or do draws come so near to a bound that rounding takes them there? In float64 they do not"
         )
     normalized = weights.softmax(0)
     n = math.log(num_samples)
@@ -158,6 +166,24 @@ def diagnose(
         num_starts=getattr(guide, "num_starts", None),
         mode_weights=guide.mode_weights().tolist() if hasattr(guide, "mode_weights") else None,
     )
+
+
+def _warn_of_rounding(draws: dict[str, Tensor]) -> None:
+    """Warns of latents with so few digits that draws are equal, as near an upper bound or between very wide ones."""
+    for name, values in draws.items():
+        if not values.numel():
+            continue
+        ordered = values.reshape(len(values), -1).sort(0).values
+        is_latent = ordered[0] != ordered[-1]  # an entry that is always the same is hidden by a mask
+        most = int(((ordered.diff(dim=0) == 0).sum(0) * is_latent).max())
+        if most > _MOST_REPEATED * len(values):
+            warnings.warn(
+                f"{most} of {len(values)} draws of the latent {name!r} are equal to others, since {values.dtype} has "
+                "too few digits near its bounds, or between bounds so far apart. So this diagnosis and all samples are "
+                "biased: use float64 (torch.set_default_dtype), or rescale the latent",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def _coordinates(site: dict[str, Any], values: Tensor) -> Tensor | None:

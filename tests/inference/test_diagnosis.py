@@ -189,3 +189,23 @@ def test_a_site_with_one_possible_value(make):
     covariance = torch.eye(5) + torch.ones(5, 5)
     evidence = dist.MultivariateNormal(torch.zeros(5), covariance).log_prob(torch.arange(5.0)).item()
     assert rn.diagnose(guide).log_evidence == pytest.approx(evidence, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("prior", "likelihood"),
+    [
+        (dist.Beta(0.1, 0.1), lambda z: dist.Bernoulli(z)),
+        (dist.Uniform(-1e6, 1e6), lambda z: dist.Normal(z, 0.1)),
+    ],
+)
+def test_latents_with_too_few_digits_are_named(prior, likelihood):
+    """In single precision, a fifth of the mass lay within rounding of a bound, or all draws had eight values."""
+
+    def model():
+        z = pyro.sample("z", prior)
+        pyro.sample("y", likelihood(z), obs=torch.tensor(1.0))
+
+    guide = rn.AutoRealNVP(model, num_couplings=4)
+    rn.fit_guide(guide, num_steps=50, progress=False, seed=0)
+    with pytest.warns(RuntimeWarning, match="draws of the latent 'z' are equal"):
+        rn.diagnose(guide)

@@ -382,6 +382,7 @@ def test_a_turn_is_no_dynamic_support():
     assert guide.turn.any() and not guide._has_dynamic_supports
 
 
+@pytest.mark.filterwarnings("ignore:.*draws of the latent 'p' are equal")
 def test_a_number_between_bounds_is_no_angle():
     """Both ends of a beta distribution have a high density, and lie far from each other all the same."""
 
@@ -1584,3 +1585,18 @@ def test_memory_that_a_statement_should_have_filled_is_not_taken_for_noise():
     (used,) = map_over(functools.partial(one, is_result_used=True), points, True)
     (unused,) = map_over(functools.partial(one, is_result_used=False), points, True)
     assert used["y"].std().item() == pytest.approx(1, abs=0.05) and unused["y"].isnan().all()
+
+
+@pytest.mark.parametrize("likelihood", [dist.Cauchy, dist.Logistic, functools.partial(dist.StudentT, 4.0)])
+@pytest.mark.parametrize("scale", [1e-3, 1e-4, 1e-8])
+def test_a_steep_density_is_no_jump(likelihood, scale):
+    """Both steps of the check of gradients were longer than the posterior is wide, and the model was refused."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0))
+        data = 0.1 + scale * torch.tensor([0.0, 2.0, 2.7], dtype=torch.float64)
+        pyro.sample("y", likelihood(z, scale).expand([3]).to_event(1), obs=data)
+
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        rn.fit_guide(rn.AutoRealNVP(model, num_couplings=2), num_steps=1, progress=False, seed=seed)
