@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import matplotlib
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers import table
+from torch import nn
 
 import pyro_realnvp as rn
 
 matplotlib.use("agg")
 from pyro_realnvp import plots
+
+CLOSE = {"atol": 0.01, "rtol": 0, "check_dtype": False}
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +49,52 @@ def test_samples_share_their_scales(x):
         plots.plot_samples(conditional, x, context=context)
 
 
+def test_samples_of_labels():
+    """One label for each row was taken for one context: the samples were those of the first two rows' labels."""
+    flow = rn.Flow(rn.ConditionalAffine(2, 1), embedding=nn.Embedding(3, 1))
+    with torch.no_grad():
+        flow.embedding.weight.copy_(torch.tensor([[-50.0], [0.0], [50.0]]))
+        flow.bijection.linear.weight[2:] = 1.0
+    labels = torch.arange(3).repeat(40)
+    _, ax = plots.plot_samples(flow, torch.randn(120, 2), context=labels)
+    found = torch.tensor(ax.collections[0].get_offsets().data)
+    assert (found - flow.embedding(labels)).abs().max() < 9
+    _, ax = plots.plot_samples(flow, torch.randn(120, 2), context=torch.tensor(2))
+    assert len(ax.collections[0].get_offsets()) == 120
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, "numpy", "gradients"])
+def test_data_of_all_kinds(x, dtype):
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2))
+    data = x.numpy() if dtype == "numpy" else x.requires_grad_() if dtype == "gradients" else x.to(dtype)
+    if isinstance(dtype, torch.dtype):
+        flow.to(dtype)
+    plots.plot_density(flow, data)
+    plots.plot_samples(flow, data)
+    plots.plot_latent(flow, data, color=list(range(100)))
+    plots.plot_layers(flow, data, color=[0.0] * 100)
+    plots.plot_density(rn.Flow(rn.Standardize(2).fit(x.detach()).inv), data)  # which has no parameters
+
+
+def test_layers_of_a_conditional_flow(x):
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=3, context_dim=3))
+    for context in (torch.zeros(3), torch.zeros(100, 3)):
+        assert len(plots.plot_layers(flow, x, context=context).axes) == 4
+
+
+def test_latent_space_shows_the_normal_of_its_base(x):
+    base = rn.Base(dist.Normal, loc=torch.tensor([5.0, -3.0]), scale=torch.tensor([2.0, 0.5]))
+    ax = plots.plot_latent(rn.Flow(rn.real_nvp(2, num_couplings=2), base=base), x)
+    widest = torch.from_numpy(ax.lines[-1].get_xydata())
+    torch.testing.assert_close(widest.amax(0) - widest.amin(0), 6.07 * torch.tensor([2.0, 0.5]), **CLOSE)
+    base = rn.Base(dist.StudentT, df=torch.tensor(2.0), loc=torch.zeros(2), scale=torch.ones(2))
+    assert not plots.plot_latent(rn.Flow(rn.real_nvp(2, num_couplings=2), base=base), x).lines
+    base = rn.MixtureBase(2, num_components=3, context_dim=3)
+    flow = rn.Flow(rn.real_nvp(2, num_couplings=2, context_dim=3), base=base)
+    assert not plots.plot_latent(flow, x, context=torch.zeros(100, 3)).lines
+    assert len(plots.plot_latent(flow, x, context=torch.zeros(3)).lines) == 9
+
+
 def test_latent(x):
     ax = plots.plot_latent(rn.Flow(rn.real_nvp(2)), x, color=x[:, 0])
     torch.testing.assert_close(torch.tensor(ax.collections[0].get_offsets().data).float(), x)
@@ -62,6 +112,8 @@ def test_loss():
         loss=[3.0, float("nan"), 2.0], validation_steps=[3], validation_loss=[2.5], best_step=3, best_loss=2.5
     )
     assert len(plots.plot_loss(history).lines) == 3
+    history.best_loss = 2.4  # of a validation before, from which noise alone separates the best weights
+    assert plots.plot_loss(history).lines[-1].get_xydata().tolist() == [[3.0, 2.5]]
     plots.plot_loss(rn.History()).figure.canvas.draw()
 
 
@@ -69,6 +121,21 @@ def test_loss():
     ("draw", "message"),
     {
         "three dimensions": (lambda x: plots.plot_density(rn.Flow(rn.real_nvp(3)), x), "a flow of two dimensions"),
+        "three columns": (
+            lambda x: plots.plot_density(rn.Flow(rn.real_nvp(2)), torch.randn(9, 3)),
+            r"\(N, 2\), N >= 1",
+        ),
+        "no rows": (lambda x: plots.plot_samples(rn.Flow(rn.real_nvp(2)), x[:0]), r"got shape \(0, 2\)"),
+        "one row": (lambda x: plots.plot_latent(rn.Flow(rn.real_nvp(2)), x[0]), r"got shape \(2,\)"),
+        "nan": (lambda x: plots.plot_density(rn.Flow(rn.real_nvp(2)), x / 0), "nan or inf among them"),
+        "contexts for one density": (
+            lambda x: plots.plot_density(rn.Flow(rn.real_nvp(2, context_dim=1)), x, context=torch.zeros(100, 1)),
+            "expected one context",
+        ),
+        "other contexts than rows": (
+            lambda x: plots.plot_samples(rn.Flow(rn.real_nvp(2, context_dim=1)), x, context=torch.zeros(7, 1)),
+            "one for each of the 100 rows",
+        ),
         "no Compose": (lambda x: plots.plot_layers(rn.Flow(rn.Permute(torch.tensor([1, 0]))), x), "around a Compose"),
     },
 )

@@ -24,12 +24,12 @@ def check_event_shape(bijection: nn.Module, shape: Sequence[int], event_shape: S
         expected = str(tuple(event_shape)).replace("None", "any size")
         raise ValueError(
             f"{type(bijection).__name__} expected event shape {expected}; got shape {tuple(shape)}: "
-            + _remedy(tuple(shape), event_shape)
+            + remedy_of_shape(tuple(shape), event_shape)
         )
     return shape
 
 
-def _remedy(shape: tuple[int, ...], event_shape: Sequence[int | None]) -> str:
+def remedy_of_shape(shape: tuple[int, ...], event_shape: Sequence[int | None]) -> str:
     """Returns a guess at what is wrong with `shape`, as advice for the error message."""
 
     def fits(event: tuple[int, ...]) -> bool:

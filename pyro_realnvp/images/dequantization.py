@@ -2,6 +2,7 @@
 """Probabilities of integer images, from densities of real ones."""
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..bijections.inputs import check_event_shape, check_tensor
 from ..bijections.modes import is_eager
 from ..distributions import Flow, FlowDistribution, as_called
 from .multi_scale import check_image_shape
+
+_LEAST_NOISE = 0.5  # between two values of noise, in levels
 
 
 class Dequantized(dist.TorchDistribution):
@@ -66,8 +69,7 @@ class Dequantized(dist.TorchDistribution):
         num_samples: int = 1,
         validate_args: bool | None = None,
     ):
-        if levels < 2 or num_samples < 1:
-            raise ValueError(f"expected levels >= 2 and num_samples >= 1; got {levels} and {num_samples}")
+        _check_numbers(levels, num_samples)
         self.distribution = distribution
         self.levels = levels
         self.noise = noise
@@ -106,12 +108,7 @@ class Dequantized(dist.TorchDistribution):
 
     def _noise(self, value: Tensor) -> tuple[Tensor, Tensor | float]:
         """Noise u of shape ``(K,) + value.shape``, and log q(u | value)."""
-        like = _parameter(self.distribution)
-        if isinstance(self.distribution, FlowDistribution) and torch.finfo(like.dtype).bits < 32:
-            raise TypeError(
-                f"expected a flow of at least 32 bits, since {like.dtype} has no digits for the noise between levels: "
-                "convert it by .float(), and use autocast, as in fit(autocast=torch.bfloat16)"
-            )
+        like = self._parameter()
         shape = (self.num_samples,)
         if self.noise is None:
             dtype = torch.promote_types(like.dtype, torch.float32)  # 16 bits hold a level, but no noise beside it
@@ -133,7 +130,24 @@ class Dequantized(dist.TorchDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples of integer images."""
+        self._parameter()
         return quantize(self.distribution.sample(torch.Size(sample_shape)), self.levels)
+
+    def _parameter(self) -> Tensor:
+        """A tensor with the dtype and device of the density, which must have digits between levels."""
+        like = _parameter(self.distribution)
+        if isinstance(self.distribution, FlowDistribution) and torch.finfo(like.dtype).bits < 32:
+            raise TypeError(
+                f"expected a flow of at least 32 bits, since {like.dtype} has no digits for the noise between levels: "
+                "convert it by .float(), and use autocast, as in fit(autocast=torch.bfloat16)"
+            )
+        own = torch.finfo(torch.promote_types(like.dtype, torch.float32))
+        if own.eps * self.levels > _LEAST_NOISE:
+            raise TypeError(
+                f"expected a density in float64, since {own.dtype} has no digits for the noise between {self.levels} "
+                "levels: convert it by .double()"
+            )
+        return like
 
     def _checked(self, value: Tensor) -> Tensor:
         if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
@@ -154,6 +168,12 @@ class Dequantized(dist.TorchDistribution):
                     "check the images, or pass levels="
                 )
         return value
+
+
+def _check_numbers(levels: int, num_samples: int) -> None:
+    are_whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in (levels, num_samples))
+    if not are_whole or levels < 2 or num_samples < 1:
+        raise ValueError(f"expected whole numbers levels >= 2 and num_samples >= 1; got {levels!r} and {num_samples!r}")
 
 
 def quantize(x: Tensor, levels: int) -> Tensor:
@@ -190,6 +210,7 @@ class DequantizedFlow(nn.Module):
 
     Raises:
         TypeError: ``flow`` is not a :class:`Flow`.
+        ValueError: ``levels`` or ``num_samples`` is no whole number, or too low.
 
     Example:
         >>> from pyro_realnvp import Base, Compose, Logit, image_real_nvp
@@ -212,6 +233,7 @@ class DequantizedFlow(nn.Module):
         super().__init__()
         if not isinstance(flow, Flow):
             raise TypeError(f"expected a Flow; got {type(flow).__name__}: pass Flow(Compose([bijection, Logit().inv]))")
+        _check_numbers(levels, num_samples)
         self.flow = flow
         self.noise = noise
         self.levels = levels
@@ -293,7 +315,8 @@ def interpolate(
     if num_steps < 2:
         raise ValueError(f"expected num_steps >= 2; got {num_steps}")
     if isinstance(flow, DequantizedFlow):
-        ends = [(image.to(next(flow.parameters()).dtype) + 0.5) / flow.levels for image in (start, end)]
+        levels = [flow(context)._checked(image) for image in (start, end)]
+        ends = [(level.to(next(flow.parameters()).dtype) + 0.5) / flow.levels for level in levels]
         return quantize(interpolate(flow.flow, *ends, num_steps, context=context), flow.levels)
     (bijection,) = flow(context).transforms
     event_axes = tuple(range(-len(flow.event_shape), 0))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ..bijections.inputs import remedy_of_shape
 from ..bijections.shapes import differs, strictly_inside
 from ..distributions import Flow
 
@@ -54,7 +55,10 @@ class Rows:
         x = _checked(self.own, x, "x", levels=self.levels)
         event_shape = tuple(getattr(flow, "event_shape", x.shape[1:]))
         if not x.ndim or tuple(x.shape[1:]) != event_shape:
-            raise ValueError(f"expected x of shape (N, {', '.join(map(str, event_shape))}); got {tuple(x.shape)}")
+            raise ValueError(
+                f"expected x of shape (N, {', '.join(map(str, event_shape))}); got {tuple(x.shape)}: "
+                + remedy_of_shape(tuple(x.shape), event_shape)
+            )
         if context is not None:
             # An embedding may read integers, as torch.nn.Embedding does, and so may a module of the user's.
             labels = getattr(getattr(flow, "flow", flow), "embedding", "unknown") is not None
@@ -230,7 +234,7 @@ def _checked(own: Tensor, values, name: str, *, levels: int | None = None, label
     if name == "context" and not is_floating and not labels:
         raise TypeError(
             f"expected context of the flow's {own.dtype}; got {values.dtype}: encode labels by "
-            "torch.nn.functional.one_hot(labels, num_classes).float()"
+            "torch.nn.functional.one_hot(labels, num_classes).float(), and pass other numbers by context.float()"
         )
     if not integer and values.dtype != own.dtype and (is_floating or not labels):
         raise TypeError(f"expected {name} of the flow's {own.dtype}; got {values.dtype}: pass {name}.to({own.dtype})")

@@ -256,6 +256,15 @@ X = torch.arange(80).reshape(5, 1, 4, 4) % 16
             TypeError,
             r"at least 32 bits, .* autocast",
         ),
+        "samples of a flow of 16 bits": (lambda: images_of().bfloat16()().sample(), TypeError, "at least 32 bits"),
+        "too many levels": (lambda: images_of(levels=2**26)().log_prob(X), TypeError, "no digits .* between 67108864"),
+        "half a level": (lambda: images_of(levels=2.5), ValueError, "whole numbers levels >= 2 .* got 2.5"),
+        "interpolate: real values": (
+            lambda: rn.interpolate(images_of(), X[0].float(), X[1].float()),
+            TypeError,
+            "expected integer levels 0, ..., 15",
+        ),
+        "fit: channels last": (lambda: rn.fit(images_of(), X.movedim(1, -1)), ValueError, "pass x.movedim"),
         "interpolate: on a bound": (
             lambda: rn.interpolate(rn.Flow(rn.Unbound([0.0], [1.0]).inv), torch.zeros(1), torch.ones(1) / 2, 3),
             ValueError,
