@@ -15,9 +15,9 @@ from torch.distributions import constraints, transform_to
 from .bijections.conditioners import MLP
 from .bijections.inputs import check_context
 from .bijections.modes import is_autocast
-from .bijections.shapes import of_entries, sum_events
+from .bijections.shapes import bounds, of_entries, sum_events
 from .mixtures import choose_mixture, fit_mixture
-from .supports import circle_of
+from .supports import circle_of, plain
 
 
 class Base(nn.Module):
@@ -122,14 +122,27 @@ def within_support(base: dist.Distribution) -> dist.Distribution:
         return base
     support = entries_of(base)
     is_bounded = support is not constraints.real and not support.event_dim
-    return _Entries(base, 0, validate_args=False) if is_bounded else base
+    return _Entries(base, 0, validate_args=False) if is_bounded and _has_points(base, support) else base
+
+
+def _has_points(base: dist.Distribution, support: constraints.Constraint) -> bool:
+    """Whether points of a support of entries are known. Components of a mixture may have bounds of their own."""
+    has_components = isinstance(plain(base), torch.distributions.MixtureSameFamily)
+    if has_components and any(isinstance(end, Tensor) and end.dim() for end in bounds(support)):
+        return False
+    try:
+        transform_to(support)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def entries_of(base: dist.Distribution) -> constraints.Constraint:
     """The values of the entries of a base. One that does not say takes all real numbers."""
     try:
-        return circle_of(base) or of_entries(base.support)
-    except NotImplementedError:
+        support = circle_of(base) or of_entries(base.support)
+        return support if support.event_dim >= 0 else constraints.real
+    except NotImplementedError:  # of a base without a support, or of one that depends on what it does not say
         return constraints.real
 
 

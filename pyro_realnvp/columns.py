@@ -152,7 +152,7 @@ def _columns(support, num_columns: int, names: Sequence[Any]) -> list[Column]:
 
 
 def _as_list(values):
-    return values.tolist() if isinstance(values, np.ndarray) else values
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _column(one) -> Column:

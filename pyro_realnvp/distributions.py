@@ -49,7 +49,7 @@ class FlowDistribution(dist.TransformedDistribution):
         batch_shape = shape[: len(shape) - event_dim]
         if batch_shape != base_distribution.batch_shape:
             base_distribution = base_distribution.expand(batch_shape)
-        self.base_dist = within_support(base_distribution)
+        self.base_dist = base_distribution
         self.transforms = [transform]
         Distribution.__init__(self, batch_shape, shape[len(shape) - event_dim :], validate_args)
 
@@ -84,7 +84,7 @@ class FlowDistribution(dist.TransformedDistribution):
             # On a bound the bijection is infinite, and its gradient nan. Any inner point stands in for the value there.
             value = torch.where(inside, value, inner_point(transform.codomain, value))
         x, ladj = transform._evaluate(value, forward=False, remember=False)
-        log_p = self.base_dist.log_prob(x) + self._sum(ladj, x)
+        log_p = within_support(self.base_dist).log_prob(x) + self._sum(ladj, x)
         if inside is None:
             return log_p
         return torch.where(sum_events(~inside, self.event_dim) == 0, log_p, -torch.inf)

@@ -34,10 +34,11 @@ def choose_mixture(x: Tensor, weights: ArrayLike | None, seed: int) -> GaussianM
     rows = units.standardize(rows)
     if _makes_clusters(rows, shares):
         return units.restore(_fitted(rows, shares, _num_clusters(rows, shares), "full", seed))
-    some, parts = (rows, shares) if len(rows) <= _MOST_LOOKED_AT else _some(rows, shares)
+    are_few = len(rows) <= _MOST_LOOKED_AT or _worth(shares) < _MANY_ROWS
+    some, parts = (rows, shares) if are_few else _some(rows, shares)
     most = min(_MOST_COMPONENTS, max(1, int(_worth(parts)) // _ROWS_PER_COMPONENT))
     # scikit-learn's equal covariances count all rows alike.
-    kinds = ("full", "tied", "diag") if np.ptp(parts) == 0 else ("full", "diag")
+    kinds = ("full", "tied", "diag") if np.ptp(shares) == 0 else ("full", "diag")
     found = [_fitted(some, parts, num, kind, seed) for num in range(1, most + 1) for kind in kinds]
     best = min(found, key=lambda mixture: (mixture.has_collapsed(some), mixture.bic(some)))
     return units.restore(best if some is rows else _fitted(rows, shares, best.n_components, best.covariance_type, seed))

@@ -156,7 +156,8 @@ def plot_layers(
         raise ValueError(f"expected a flow around a Compose; got {type(flow.bijection).__name__}, which has no layers")
     stages = [_rows(flow, x)]
     with torch.no_grad():
-        context = flow.embed(context)
+        flow(*_given(context))  # raises an error if the context does not fit
+        context = flow.embed(*_given(context)) if _given(context) else None
         for part in reversed(flow.bijection.parts):
             stages.append(part.inverse_and_ladj(stages[-1], context if part.context_dim else None)[0])
     shown = torch.linspace(0, len(stages) - 1, min(max_panels, len(stages))).round().int().tolist()
@@ -208,7 +209,9 @@ def _scatter(ax: Axes, points: Tensor, color: ArrayLike | None, **style) -> None
     if color is None:
         style |= {"c": DATA_COLOR}
     else:
-        style |= {"c": torch.as_tensor(color).detach().cpu().float().numpy(), "cmap": "coolwarm"}
+        color = color.detach().cpu().float().numpy() if isinstance(color, Tensor) else np.asarray(color)
+        style |= {"c": np.unique(color, return_inverse=True)[1] if color.dtype.kind in "OSU" else color}
+        style |= {"cmap": "coolwarm"} if color.ndim == 1 else {}
     ax.scatter(*_columns(points), linewidths=0, **style)
 
 
@@ -219,7 +222,7 @@ def _columns(points: Tensor) -> np.ndarray:
 
 def _rows(flow: nn.Module, x: ArrayLike) -> Tensor:
     """Data in the precision and on the device of a flow, checked."""
-    x = torch.as_tensor(x).detach()
+    x = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.array(x))
     if x.dim() != 2 or x.shape[1:] != flow.event_shape or not len(x) or not x.isfinite().all():
         raise ValueError(
             f"expected finite rows of shape (N, {flow.event_shape[0]}), N >= 1; got shape {tuple(x.shape)}"
@@ -234,7 +237,7 @@ def _like(flow: nn.Module, x: Tensor) -> Tensor:
 
 
 def _given(context: Tensor | None) -> tuple[Tensor, ...]:
-    return () if context is None else (context,)
+    return () if context is None else (torch.as_tensor(context),)
 
 
 def _check_2d(flow: nn.Module, *, at_least: bool = False) -> None:

@@ -93,7 +93,7 @@ def _image(
         return None
     ends = [torch.as_tensor(end, dtype=torch.get_default_dtype()) for end in (circle.lower_bound, circle.upper_bound)]
     if transform.domain.event_dim:
-        ends = [end.expand(event_shape) for end in ends]
+        ends = [end.expand(torch.broadcast_shapes(end.shape, event_shape)) for end in ends]
     first, last = map(transform, ends)
     return constraints.interval(torch.where(rises, first, last), torch.where(rises, last, first))
 

@@ -91,8 +91,9 @@ def refit(
     """
     x, context, weights = (None if a is None else torch.cat([a, b]) for a, b in zip(train, apart))
     z = flow(context).transform(x)
-    weights = typical_weights(z, weights)
-    if num_components == "auto" and makes_clusters(train[0], train[2]) == makes_clusters(x, weights):
+    weights, num = typical_weights(z, weights), len(train[0])
+    before = makes_clusters(z[:num], None if weights is None else weights[:num])
+    if num_components == "auto" and before == makes_clusters(z, weights):
         flow.base = MixtureBase.for_rows(z, weights, context_dim=flow.base.context_dim, seed=seed)
     else:
         flow.base.initialize(z, weights, seed=seed)

@@ -2,10 +2,13 @@
 import copy
 import math
 
+import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from helpers import perturb, small, table
+from torch.distributions import constraints
 
 import pyro_realnvp as rn
 
@@ -422,3 +425,42 @@ def test_angles_behind_a_bijection(transform):
     base = dist.TransformedDistribution(dist.VonMises(torch.zeros(2), 1.0).to_event(1), [transform])
     y = base.sample((5,))
     torch.testing.assert_close(rn.Flow(rn.Standardize(2), base=lambda: base)().log_prob(y), base.log_prob(y))
+
+
+def test_bounded_bases_that_say_little():
+    a = rn.Compose([dist.transforms.AffineTransform(1.0, 2.0)])
+    uniforms = dist.Uniform(torch.zeros(2), torch.tensor([1.0, 3.0]))
+    mixture = dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), uniforms
+    )  # whose components have their own bounds
+    with pyro.validation_enabled(False):
+        found = rn.FlowDistribution(mixture, [a]).log_prob(1 + 2 * torch.tensor([2.5, 0.5, 0.6]))
+    torch.testing.assert_close(found, torch.tensor([1 / 6, 2 / 3, 2 / 3]).log() - math.log(2))
+
+    class Positive(constraints.Constraint):
+        event_dim, is_discrete = 0, False
+
+        def check(self, value):
+            return value > 0
+
+    class Own(dist.Exponential):
+        support = Positive()
+
+    class Dependent(dist.Exponential):
+        support = constraints.dependent
+
+    for kind in (Own, Dependent):
+        d = rn.FlowDistribution(kind(1.0, validate_args=False), [a])
+        assert d.log_prob(torch.tensor(2.0)).item() == pytest.approx(-0.5 - math.log(2))
+    one, other = (rn.FlowDistribution(base, [a]) for base in (dist.Uniform(0.0, 1.0), dist.Normal(-1.0, 2.0)))
+    assert torch.distributions.kl_divergence(one, other) == pytest.approx(1.9038, abs=1e-3)
+
+
+def test_a_mixture_of_weighted_rows_has_no_equal_covariances():
+    rng = np.random.default_rng(0)
+    is_rare = np.arange(12_000) < 6000
+    x = rng.multivariate_normal([0, 0], [[1, 0.8], [0.8, 1]], size=12_000) + np.where(is_rare, 12, 0)[:, None]
+    base = rn.MixtureBase.for_rows(torch.from_numpy(x), np.where(is_rare, 0.01, 0.99))
+    assert {round(loc) for loc in base().component_distribution.loc[:, 0].tolist()} == {0, 12}
+    weights = np.where(np.arange(6000) == 3, 1, 1e-5)  # one of them worth more than all others
+    rn.MixtureBase.for_rows(torch.from_numpy(rng.standard_t(2, size=(6000, 2))), weights)

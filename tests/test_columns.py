@@ -5,6 +5,7 @@ import math
 import warnings
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from helpers import table
@@ -216,3 +217,9 @@ def test_bounds_may_be_arrays():
         assert density.score_samples([[-1.0, 1.0]]) == -np.inf
     with pytest.raises(ValueError, match=r"expected .real., .positive.*got None"):
         quick(support=None).fit(X)
+
+
+def test_supports_may_be_a_series():
+    X = np.exp(np.random.default_rng(0).normal(size=(50, 2)))
+    density = quick(num_steps=2, support=pandas.Series(["positive", "real"])).fit(X)
+    assert density.columns_.low.tolist() == [0.0, -np.inf]

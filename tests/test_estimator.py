@@ -635,3 +635,15 @@ def test_heavy_tails_of_many_rows():
     X, test = draws.rvs((1200, 1), random_state=0), draws.rvs((5000, 1), random_state=1)
     density = rn.RealNVPDensity(num_steps=300, random_state=0).fit(X)
     assert draws.logpdf(test).mean() - density.score(test) < 0.15
+
+
+def test_a_refit_keeps_the_rule_of_the_mixture():
+    """The rows are heavy-tailed, and their logarithms, of which the mixture is made, are not."""
+    rng = np.random.default_rng(0)
+
+    def draw(num):
+        scale = np.where(rng.random(num) < 0.75, 0.25, 1.2)
+        return np.exp(scale[:, None] * rng.normal(size=(num, 2)))
+
+    density = rn.RealNVPDensity(support="positive", num_steps=10, random_state=0).fit(draw(1080))
+    assert density.score(draw(4000)) > -1.4

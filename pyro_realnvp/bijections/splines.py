@@ -62,7 +62,9 @@ def rational_quadratic(
         b = height * slope0 - rise * bend
         discriminant = b.square() + 4 * (height * (mean - slope0) + rise * bend) * mean * rise
         xi = 2 * mean * rise / (b + discriminant.clamp(min=0).sqrt())
-        xi = xi + (xi.clamp(0, 1) - xi).detach()  # rounding may lead out of a steep bin, but the gradient stays
+        # Rounding may lead out of a steep bin, a little, where the gradient stays, or far.
+        inside = xi.clamp(0, 1)
+        xi = torch.where((xi - inside).abs() < 0.01, xi + (inside - xi).detach(), inside)
     else:
         xi = (inner - x0) / width
     mixed = xi * (1 - xi)

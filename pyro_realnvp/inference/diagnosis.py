@@ -21,7 +21,9 @@ from .particles import particles_of
 from .sites import batch_mask, counts, unconstraining
 from .traces import check_argument_names, model_of, run, values_of
 
-_MOST_REPEATED = 0.01  # of the draws of a latent
+_MOST_AT_END = 0.01  # of the draws of a latent, that may be rounded to an end of its support
+_FEW_VALUES = 50  # of a latent, with fewer of which the steps between them are a tenth of its standard deviation
+_SMALL = 1e-30
 
 
 @dataclass
@@ -146,7 +148,7 @@ def diagnose(
     draws = particles.values(points)
     if not isinstance(guide, GuideBase):
         _refuse_point_masses(draws, density, guide_trace)
-    _warn_of_rounding({n: draws[n] for n in density.latents if not density.trace.nodes[n]["fn"].support.is_discrete})
+    _warn_of_rounding(draws, density)
     weights = weights.double()
     if weights.isnan().any() or not weights.isfinite().any():
         raise ValueError(
@@ -168,19 +170,25 @@ def diagnose(
     )
 
 
-def _warn_of_rounding(draws: dict[str, Tensor]) -> None:
-    """Warns of latents with so few digits that draws are equal, as near an upper bound or between very wide ones."""
+def _warn_of_rounding(draws: dict[str, Tensor], density: LogDensity) -> None:
+    """Warns of latents with so few digits that draws gather at an end of their support, or at few values."""
     for name, values in draws.items():
-        if not values.numel():
+        site = density.trace.nodes[name]
+        if name not in density.latents or site["fn"].support.is_discrete or not counts(site):
             continue
-        ordered = values.reshape(len(values), -1).sort(0).values
-        is_latent = ordered[0] != ordered[-1]  # an entry that is always the same is hidden by a mask
-        most = int(((ordered.diff(dim=0) == 0).sum(0) * is_latent).max())
-        if most > _MOST_REPEATED * len(values):
+        mask = batch_mask(site)
+        ordered = (values if mask is None else values[:, mask]).reshape(len(values), -1).sort(0).values
+        ordered = ordered[:, ordered[0] != ordered[-1]]  # others are hidden by `obs_mask`
+        # Beside 0 there are always enough digits.
+        at_end = torch.stack([(ordered == end).sum(0) * (end.abs() > _SMALL) for end in (ordered[0], ordered[-1])])
+        num_values = 1 + (ordered.diff(dim=0) != 0).sum(0)
+        if (at_end > max(2, _MOST_AT_END * len(values))).any() or (
+            num_values < min(_FEW_VALUES, len(values) / 2)
+        ).any():
             warnings.warn(
-                f"{most} of {len(values)} draws of the latent {name!r} are equal to others, since {values.dtype} has "
-                "too few digits near its bounds, or between bounds so far apart. So this diagnosis and all samples are "
-                "biased: use float64 (torch.set_default_dtype), or rescale the latent",
+                f"draws of the latent {name!r} gather at an end of its support or at few values, since {values.dtype} "
+                "has too few digits there. So this diagnosis and all samples are biased: use float64 "
+                "(torch.set_default_dtype), or rescale the latent",
                 RuntimeWarning,
                 stacklevel=3,
             )

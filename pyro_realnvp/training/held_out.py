@@ -22,8 +22,9 @@ class HeldOutLoss:
 
     A single fill value would make the mean infinite for any weights of the flow, and no weights could be chosen. The
     losses of such rows are therefore cut at a limit, and :attr:`extreme` names them. The limit is that of the first
-    call: if it followed the weights, those that are better at other rows could seem worse, since a row counts for them
-    that did not count before. If more than a few rows are so extreme, it is the flow that is wrong, and all rows count.
+    call at which few rows are extreme: if it followed the weights, those that are better at other rows could seem
+    worse, since a row counts for them that did not count before. If more than a few rows are so extreme, it is the flow
+    that is wrong, and all rows count.
 
     Args:
         flow: the flow that is trained.
@@ -35,8 +36,8 @@ class HeldOutLoss:
         self.batches = batches
         self.extreme: list[int] = []
         """The numbers of the extreme rows: in the data that they are a part of, or in the order of a stream."""
-        self.limit: float | None = None
-        """The highest loss that counts, None before the first call."""
+        self.limit: float = math.inf
+        """The highest loss that counts."""
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -52,7 +53,7 @@ class HeldOutLoss:
         # All processes look at all rows, so that they agree on which of them are extreme.
         parts = distributed.gather((losses.cpu(), weights.cpu(), numbers))
         losses, weights, numbers = (torch.cat(each) for each in zip(*parts))
-        if self.limit is None:
+        if not math.isfinite(self.limit):
             self.limit = _limit(losses)
         is_extreme = _beyond(losses, self.limit)
         self.extreme = [] if is_extreme is None else sorted(numbers[is_extreme].tolist())

@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import fitted, table
+from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 from pyro.infer.importance import psis_diagnostic
 
@@ -207,5 +208,36 @@ def test_latents_with_too_few_digits_are_named(prior, likelihood):
 
     guide = rn.AutoRealNVP(model, num_couplings=4)
     rn.fit_guide(guide, num_steps=50, progress=False, seed=0)
-    with pytest.warns(RuntimeWarning, match="draws of the latent 'z' are equal"):
+    with pytest.warns(RuntimeWarning, match="draws of the latent 'z' gather at an end"):
         rn.diagnose(guide)
+
+
+def hidden_by_obs_mask():
+    with pyro.plate("rows", 2):
+        mask = torch.ones(2, dtype=torch.bool)
+        pyro.sample("y", dist.Normal(pyro.sample("a", dist.Normal(0.0, 1.0)), 1.0), obs=torch.zeros(2), obs_mask=mask)
+
+
+def hidden_by_mask():
+    pyro.sample("a", dist.Normal(0.0, 1.0))
+    with poutine.mask(mask=False):
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+
+def empty():
+    pyro.sample("a", dist.Normal(0.0, 1.0))
+    pyro.sample("b", dist.Normal(torch.zeros(0), 1.0).to_event(1))
+
+
+def far_from_zero():
+    """Some of 2000 draws are equal by chance, since the steps are a ten thousandth of the standard deviation."""
+    a = pyro.sample("a", dist.Normal(2000.0, 10.0))
+    pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(1995.0))
+
+
+@pytest.mark.parametrize("model", [hidden_by_obs_mask, hidden_by_mask, empty, far_from_zero])
+def test_sites_that_are_no_latents_and_draws_that_are_equal_by_chance(model):
+    guide = rn.AutoRealNVP(model)
+    guide.build()
+    report = rn.diagnose(guide)
+    assert report.log_evidence == pytest.approx(report.elbo, abs=1e-3)

@@ -382,7 +382,7 @@ def test_a_turn_is_no_dynamic_support():
     assert guide.turn.any() and not guide._has_dynamic_supports
 
 
-@pytest.mark.filterwarnings("ignore:.*draws of the latent 'p' are equal")
+@pytest.mark.filterwarnings("ignore:draws of the latent 'p' gather")
 def test_a_number_between_bounds_is_no_angle():
     """Both ends of a beta distribution have a high density, and lie far from each other all the same."""
 
@@ -1600,3 +1600,18 @@ def test_a_steep_density_is_no_jump(likelihood, scale):
     for seed in range(3):
         pyro.set_rng_seed(seed)
         rn.fit_guide(rn.AutoRealNVP(model, num_couplings=2), num_steps=1, progress=False, seed=seed)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.3])
+def test_a_latent_that_is_detached_in_part(share):
+    """The shortest steps, which rounding hides, must not decide that the gradient is right."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0))
+        loc = (1 - share) * a + share * a.item()
+        pyro.sample("y", dist.Normal(loc, 0.1), obs=torch.tensor(0.7, dtype=torch.float64))
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with pytest.raises(ValueError, match="in another way than its gradient says"):
+            check(LogDensity(model), torch.randn(2, 1, dtype=torch.float64))
