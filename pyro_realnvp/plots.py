@@ -206,8 +206,8 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _scatter(ax: Axes, points: Tensor, color: ArrayLike | None, **style) -> None:
-    if color is None:
-        style |= {"c": DATA_COLOR}
+    if color is None or isinstance(color, str):
+        style |= {"c": DATA_COLOR if color is None else color}
     else:
         color = color.detach().cpu().float().numpy() if isinstance(color, Tensor) else np.asarray(color)
         style |= {"c": np.unique(color, return_inverse=True)[1] if color.dtype.kind in "OSU" else color}

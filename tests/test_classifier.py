@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pandas
 import pytest
-from helpers import small_density, table
+from helpers import interrupt_after, small_density, table
 from scipy import stats
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -103,22 +103,9 @@ def test_probabilities_add_up_far_away():
 @pytest.mark.parametrize("make", [small, lambda **options: rn.RealNVPOutlierDetector(small_density(**options))])
 def test_an_interrupt_loses_nothing(monkeypatch, make):
     """The trained density was thrown away, or an earlier one combined with new classes."""
-
     estimator = make(num_steps=20).fit(X, Y)
     before = estimator.density_
-    steps = 0
-
-    def noise(*_):
-        def interrupt(x):
-            nonlocal steps
-            steps += 1
-            if steps > 10:
-                raise KeyboardInterrupt
-            return x
-
-        return interrupt
-
-    monkeypatch.setattr("pyro_realnvp.estimator.fading_noise", noise)
+    interrupt_after(monkeypatch, 10)
     with pytest.raises(KeyboardInterrupt):
         estimator.fit(X, np.where(Y == "a", "b", "a"))
     assert estimator.density_ is not before and len(estimator.predict(X[:5])) == 5

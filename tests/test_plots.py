@@ -72,6 +72,8 @@ def test_data_of_all_kinds(x, dtype):
     plots.plot_density(flow, data)
     plots.plot_samples(flow, data)
     plots.plot_latent(flow, data, color=list(range(100)))
+    plots.plot_latent(flow, data, color="red")
+    plots.plot_latent(flow, data, color=["a", "b"] * 50)
     plots.plot_layers(flow, data, color=[0.0] * 100)
     plots.plot_density(rn.Flow(rn.Standardize(2).fit(x.detach()).inv), data)  # which has no parameters
 

@@ -33,9 +33,9 @@ def find_turns(density: LogDensity) -> tuple[dict[str, Tensor], dict[str, Tensor
     Args:
         density: the log-density, whose trace has the values of the others.
     """
-    nodes, cuts = density.trace.nodes, torch.linspace(0, 1, _NUM_CUTS + 1)[1:-1]
-    near = torch.tensor([_INSIDE, 2 * _INSIDE, _BESIDE])
-    shares = torch.cat([near, cuts, 1 - near.flip(0)]).double()
+    nodes, cuts = density.trace.nodes, torch.linspace(0, 1, _NUM_CUTS + 1, dtype=torch.float64)[1:-1]
+    near = torch.tensor([_INSIDE, 2 * _INSIDE, _BESIDE], dtype=torch.float64)
+    shares = torch.cat([near, cuts, 1 - near.flip(0)])
     values = {name: nodes[name]["value"].detach() for name in density.sites}
     names = [name for name in density.sites if values[name].numel() and angles(nodes[name]["fn"]).any()]
     turns, starts = {}, {}
