@@ -257,8 +257,9 @@ def _checked(image_shape: Sequence[int], num_scales: int | None) -> tuple[torch.
         up = [-n % multiple for n in size]
         remedy = f"pad the images, e.g. torch.nn.functional.pad(x, (0, {up[1]}, 0, {up[0]}))"
         remedy += ", or use fewer scales" * (num_scales > 1)
-        if size[1] <= 4 and not any(n % multiple for n in image_shape[:2]):
-            remedy = f"the channels come first: pass {(size[1], image_shape[0], size[0])}, and x.movedim(-1, -3)"
+        if size[1] <= 4 < min(image_shape[0], size[0]):
+            first = (size[1], image_shape[0], size[0])
+            remedy = f"the channels come first, so if they are last, pass {first} and x.movedim(-1, -3); or {remedy}"
         raise ValueError(
             f"expected height and width to be multiples of {multiple}, for {num_scales} scales; "
             f"got (C, H, W) = {tuple(image_shape)}: {remedy}"

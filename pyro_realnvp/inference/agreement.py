@@ -116,7 +116,7 @@ def _check_gradient(density: LogDensity, point: Tensor, rows: dict[str, Tensor])
             change = density.one(point + step, rows) - density.one(point - step, rows)
             slope = 2 * (gradient * step).sum()
             larger, difference = torch.maximum(change.abs(), slope.abs()), (change - slope).abs()
-            if not change.isfinite() or (difference <= 0.2 * larger and larger >= 20 * rounding):
+            if not change.isfinite() or (difference <= 0.2 * larger and larger >= 3 * rounding):
                 return False
             if difference <= 0.2 * larger + rounding:
                 break  # rounding alone may explain that they agree, or that they do not

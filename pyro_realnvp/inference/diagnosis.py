@@ -14,6 +14,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ..bijections.shapes import of_entries
 from ..supports import plain
 from .base import GuideBase
 from .density import DEFAULT_MEMORY, LogDensity
@@ -174,7 +175,9 @@ def _warn_of_rounding(draws: dict[str, Tensor], density: LogDensity) -> None:
     """Warns of latents with so few digits that draws gather at an end of their support, or at few values."""
     for name, values in draws.items():
         site = density.trace.nodes[name]
-        if name not in density.latents or site["fn"].support.is_discrete or not counts(site):
+        support = of_entries(site["fn"].support)
+        # Entries that depend on each other, such as the diagonal of a correlation matrix, may be near an end by right.
+        if name not in density.latents or support.is_discrete or support.event_dim or not counts(site):
             continue
         mask = batch_mask(site)
         ordered = (values if mask is None else values[:, mask]).reshape(len(values), -1).sort(0).values

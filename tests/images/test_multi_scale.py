@@ -105,6 +105,11 @@ IMAGES = torch.zeros(5, 1, 8, 8)
             ValueError,
             "multiples of 8.*fewer scales",
         ),
+        "channels last": (
+            lambda: rn.glow((28, 28, 1)),
+            ValueError,
+            r"if they are last, pass \(1, 28, 28\) and x.movedim",
+        ),
         "no channels": (lambda: rn.image_real_nvp((8, 8)), ValueError, r"\(channels, height, width\); got \(8, 8\)"),
         "one coupling": (lambda: rn.image_real_nvp((1, 8, 8), num_couplings=1), ValueError, "num_couplings >= 2"),
         "no scales": (lambda: rn.image_real_nvp((1, 8, 8), num_scales=0), ValueError, "num_scales >= 1"),

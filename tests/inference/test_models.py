@@ -1615,3 +1615,18 @@ def test_a_latent_that_is_detached_in_part(share):
         torch.manual_seed(seed)
         with pytest.raises(ValueError, match="in another way than its gradient says"):
             check(LogDensity(model), torch.randn(2, 1, dtype=torch.float64))
+
+
+def test_a_fast_density_beside_many_rows_is_no_jump():
+    """Of the steps that are short enough, rounding leaves few to judge by: a sum of 20,000 rows is large."""
+    y = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+
+    def model():
+        v = pyro.sample("v", dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0))
+        mean = pyro.sample("mean", dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0))
+        pyro.factor("y", -0.5 * (y - mean).square().sum())
+        pyro.factor("fast", 5 * torch.cos(3000 * v))
+
+    for seed in range(12):
+        torch.manual_seed(seed)
+        check(LogDensity(model), torch.randn(2, 2, dtype=torch.float64))
