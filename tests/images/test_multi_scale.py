@@ -105,7 +105,7 @@ IMAGES = torch.zeros(5, 1, 8, 8)
             ValueError,
             "multiples of 8.*fewer scales",
         ),
-        "channels last": (
+        "a shape with the channels last": (
             lambda: rn.glow((28, 28, 1)),
             ValueError,
             r"if they are last, pass \(1, 28, 28\) and x.movedim",
