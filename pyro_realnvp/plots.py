@@ -156,8 +156,9 @@ def plot_layers(
         raise ValueError(f"expected a flow around a Compose; got {type(flow.bijection).__name__}, which has no layers")
     stages = [_rows(flow, x)]
     with torch.no_grad():
-        flow(*_given(context))  # raises an error if the context does not fit
-        context = flow.embed(*_given(context)) if _given(context) else None
+        given = _given(context)
+        flow(*given)  # raises an error if the context does not fit
+        context = flow.embed(*given) if given else None
         for part in reversed(flow.bijection.parts):
             stages.append(part.inverse_and_ladj(stages[-1], context if part.context_dim else None)[0])
     shown = torch.linspace(0, len(stages) - 1, min(max_panels, len(stages))).round().int().tolist()

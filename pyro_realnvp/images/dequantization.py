@@ -315,8 +315,8 @@ def interpolate(
     if num_steps < 2:
         raise ValueError(f"expected num_steps >= 2; got {num_steps}")
     if isinstance(flow, DequantizedFlow):
-        levels = [flow(context)._checked(image) for image in (start, end)]
-        ends = [(level.to(next(flow.parameters()).dtype) + 0.5) / flow.levels for level in levels]
+        own, checked = next(flow.parameters()).dtype, flow(context)._checked
+        ends = [(checked(image).to(own) + 0.5) / flow.levels for image in (start, end)]
         return quantize(interpolate(flow.flow, *ends, num_steps, context=context), flow.levels)
     (bijection,) = flow(context).transforms
     event_axes = tuple(range(-len(flow.event_shape), 0))
